@@ -1,0 +1,551 @@
+# Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
+"""Gradients of the fixed-point iteration: every mode runs the same forward map (`Solve.iterate`) and differs in what it keeps.
+
+`reversible` keeps the last pair of states and reconstructs all earlier ones while it goes back (`_Reversible`). With `J` the
+Jacobian of `f`, from `gz = dL/dz_N` and `gy = 0`, per step from the last to the first:
+
+    gy += beta J(y')^T gz                         then the inverse half step gives z
+    gz  = (1 - beta) gz + beta J(z)^T gy          then the inverse half step gives y
+    gy  = (1 - beta) gy
+
+Each half step evaluates `f` once and uses the evaluation for the inverse and for the vector-Jacobian product. `backprop` lets
+autograd keep everything and sees the rounding of the states as the identity (`_Relax`), which is the very gradient above;
+`checkpoint` is `backprop` with `torch.utils.checkpoint` around each evaluation.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .solver_revdeq import Digits, ExactState, Resolution, per_row, resolution_for, rows
+
+RESIDUAL_FLOOR = 1e-5
+
+State = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for the tensor of this number in a call's arguments."""
+
+    index: int
+
+
+def _take_tensors(tree: Any, found: list[torch.Tensor]) -> Any:
+    """`tree` with every tensor in plain tuples, lists and dicts replaced by a `_Slot`; the tensors are appended to `found`."""
+    if isinstance(tree, torch.Tensor):
+        found.append(tree)
+        return _Slot(len(found) - 1)
+    if type(tree) in (tuple, list):
+        return type(tree)(_take_tensors(item, found) for item in tree)
+    if type(tree) is dict:
+        return {key: _take_tensors(item, found) for key, item in tree.items()}
+    return tree
+
+
+def _put_tensors(tree: Any, tensors: "list[torch.Tensor]") -> Any:
+    """The inverse of `_take_tensors`."""
+    if isinstance(tree, _Slot):
+        return tensors[tree.index]
+    if type(tree) in (tuple, list):
+        return type(tree)(_put_tensors(item, tensors) for item in tree)
+    if type(tree) is dict:
+        return {key: _put_tensors(item, tensors) for key, item in tree.items()}
+    return tree
+
+
+def _generator_states(device: torch.device) -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def _set_generator_states(states: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.get_device_module(device).set_rng_state(states[1], device)
+
+
+class Evaluator:
+    """Calls the block so that the same state gives the same bits, at any later time.
+
+    It restores what a recomputation would otherwise lose: the autocast state of the forward pass, and the random numbers. All evaluations
+    of a solve draw the same random numbers (one dropout mask per solve), so that `f` is one map, with a fixed point,
+    during the solve. Whether the block draws any is seen at its first evaluation.
+
+    Args:
+        block: called as `block(z, x, *context, **kwargs)`.
+        arguments: `(x, context, kwargs)`; tensors in them, also inside plain tuples, lists and dicts, are taken out into `tensors`.
+        is_tuple: whether states are handed to the block as a tuple.
+        state: tensors of the shapes, dtype and device that the block must return.
+    """
+
+    def __init__(self, block: Callable, arguments: tuple, is_tuple: bool, state: State) -> None:
+        self.block = block
+        self.tensors: list[torch.Tensor] = []
+        self.template = _take_tensors(arguments, self.tensors)
+        self.is_tuple = is_tuple
+        self.shapes = [s.shape for s in state]
+        self.dtype = state[0].dtype
+        self.device = state[0].device
+        self.calls = 0
+        self.random = False
+        self._generators: list[torch.Tensor] | None = None
+        kinds = {self.device.type, "cpu"} - {"meta"}
+        self.autocast = [
+            (kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind)
+        ]
+
+    def __call__(self, state: State, tensors: list[torch.Tensor]) -> State:
+        """`f(state)` in the dtypes of the state; `tensors` take the places of the call's own."""
+        x, context, kwargs = _put_tensors(self.template, tensors)
+        first = self._generators is None
+        if first:
+            self._generators = _generator_states(self.device)
+        elif self.random:
+            assert self._generators is not None
+            _set_generator_states(self._generators, self.device)
+        out = self.block(state if self.is_tuple else state[0], x, *context, **kwargs)
+        self.calls += 1
+        if first:
+            assert self._generators is not None
+            after = _generator_states(self.device)
+            self.random = not all(torch.equal(a, b) for a, b in zip(self._generators, after, strict=True))
+        return self._checked(out)
+
+    def _checked(self, out: Any) -> State:
+        values = out if isinstance(out, tuple) else (out,)
+        if isinstance(out, tuple) != self.is_tuple or not all(isinstance(v, torch.Tensor) for v in values):
+            expected = f"a tuple of {len(self.shapes)} tensors" if self.is_tuple else "one tensor, as the state is one"
+            raise TypeError(f"the block must return {expected}, got {type(out).__name__}; the state takes its form from x (or z0)")
+        got, expected_shapes = [tuple(v.shape) for v in values], [tuple(s) for s in self.shapes]
+        if got != expected_shapes:
+            raise ValueError(
+                f"the block must return the shape of its state, got {got}, expected {expected_shapes}; "
+                "x fixes the shape of the state unless z0 is given: pass z0, or project x to the state's shape first"
+            )
+        for value in values:
+            if not value.is_floating_point() or (value.dtype != self.dtype and not self.autocast):
+                raise TypeError(
+                    f"the block must return the dtype of its state, got {value.dtype}, expected {self.dtype}; "
+                    "convert x to the block's dtype, or run under torch.autocast for mixed precision"
+                )
+        return tuple(value.to(self.dtype) for value in values)
+
+    @contextlib.contextmanager
+    def precision(self, cache: bool = False) -> Iterator[None]:
+        """The forward pass's autocast. Without its cache of cast weights by default: the cache would hand weights cast without a graph to a
+        later evaluation that needs one, and makes autograd add up the gradients of all evaluations in half precision."""
+        with contextlib.ExitStack() as stack:
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cache))
+            yield
+
+    @contextlib.contextmanager
+    def replay(self) -> Iterator[None]:
+        """For recomputation: the forward pass's autocast, and the user's generators as they were afterwards."""
+        with self.precision():
+            if not self.random:
+                yield
+                return
+            users = _generator_states(self.device)
+            try:
+                yield
+            finally:
+                _set_generator_states(users, self.device)
+
+
+class _Relax(torch.autograd.Function):
+    """The new value of a half step, differentiated as `keep * old + gain * f`: the rounding to integers counts as the identity."""
+
+    @staticmethod
+    def forward(ctx, old, f, new, keep, gain):  # type: ignore[override]
+        ctx.keep, ctx.gain = keep, gain
+        return new.view_as(new)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[override]
+        return ctx.keep * gradient, None if ctx.gain is None else ctx.gain * gradient, None, None, None
+
+
+class Solve:
+    """One run of the iteration: its arithmetic, its inputs and its figures.
+
+    Args:
+        evaluator: calls the block.
+        beta, max_steps, tol: as in `ReversibleFixedPoint`.
+
+    Attributes after `iterate`:
+        taken, entered, evaluations: steps executed (the most of all examples), those begun (one more where `tol` ended it), calls of the block.
+        steps: (batch,) int64, or None where every example took `taken` (no `tol`).
+        residual: (batch,) float32, of the state at the start of an example's last step, or of the state it returns where that met `tol`.
+        clamped, nonfinite: (batch,) int64, evaluations in which a value left `[-R, R]`, or was not finite.
+    """
+
+    def __init__(self, evaluator: Evaluator, beta: float, max_steps: int, tol: float | None) -> None:
+        self.evaluator = evaluator
+        self.max_steps = max_steps
+        self.tol = tol
+        self.resolution: Resolution = resolution_for(beta, evaluator.dtype)
+        batch, device = evaluator.shapes[0][0], evaluator.device
+        self.taken = self.entered = self.evaluations = 0
+        self.active: torch.Tensor | None = None
+        self.steps: torch.Tensor | None = None
+        self.phase: int | torch.Tensor = 0
+        if tol is not None:
+            self.active = torch.ones(batch, dtype=torch.bool, device=device)
+            self.steps = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.phase = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.residual: torch.Tensor | None = None
+        self.clamped = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.nonfinite = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def start(self, z0: State | None) -> list[ExactState]:
+        """The start state as integers; zero where `z0` is None."""
+        if z0 is None:
+            shapes, device = self.evaluator.shapes, self.evaluator.device
+            return [ExactState(torch.zeros(shape, dtype=torch.int64, device=device), self.resolution) for shape in shapes]
+        return [ExactState.from_float(tensor.detach(), self.resolution) for tensor in z0]
+
+    def values(self, states: list[ExactState], phase: "int | torch.Tensor") -> State:
+        """What the block sees of the states."""
+        return tuple(state.value(phase, self.evaluator.dtype) for state in states)
+
+    def iterate(
+        self,
+        y: list[ExactState],
+        z: list[ExactState],
+        z0: State | None,
+        evaluate: Callable[[State, int], State],
+        differentiable: bool = False,
+    ) -> State:
+        """Runs the iteration, changing `y` and `z` in place: the one forward map of all gradient modes.
+
+        Args:
+            y, z: the pair of states, equal at the start.
+            z0: the tensors the start was made from, None where it is zero.
+            evaluate: `f` of a state; its second argument counts the evaluations from 0.
+            differentiable: whether autograd shall see the loop.
+
+        Returns:
+            The value of z after the last step; NaN in the examples in which f was not finite.
+        """
+        segment, limit = self.resolution.segment, self.resolution.value_limit
+        z_values = self.values(z, self.phase)
+        if z0 is not None:
+            for tensor in z0:
+                self._count(tensor.detach(), self.resolution.state_limit)
+            if differentiable:
+                z_values = tuple(_Relax.apply(a, None, b, 1.0, None) for a, b in zip(z0, z_values, strict=True))
+        y_values = z_values
+
+        def renew(states: list[ExactState], old: State, f: State | None = None) -> State:
+            new = self.values(states, self.phase)
+            if not differentiable:
+                return new
+            keep, gain = (1.0, None) if f is None else self.coefficients(self.active, new[0])
+            parts = f or (None,) * len(new)
+            return tuple(_Relax.apply(a, b, c, keep, gain) for a, b, c in zip(old, parts, new, strict=True))
+
+        def advance(states: list[ExactState], f: State, phase: int) -> None:
+            for state, part in zip(states, f, strict=True):
+                self._count(part.detach(), limit)
+                state.advance(part.detach(), phase, self.active)
+
+        for step in range(self.max_steps):
+            self.entered, phase = step + 1, step % segment
+            if step and phase == 0:
+                for state in (*y, *z):
+                    state.spill(self.active)
+                self.phase = 0 if self.active is None else torch.where(self.active, 0, self.phase)
+                y_values, z_values = renew(y, y_values), renew(z, z_values)
+            f = evaluate(z_values, 2 * step)
+            if self.tol is not None or step == self.max_steps - 1:
+                self._measure(f, z_values)
+                if self.active is not None and not self.active.any():  # the one host synchronisation a step, with tol only
+                    break
+            advance(y, f, phase)
+            self.phase = self.phase + 1 if self.active is None else self.phase + self.active
+            y_values = renew(y, y_values, f)
+            f = evaluate(y_values, 2 * step + 1)
+            advance(z, f, phase)
+            z_values = renew(z, z_values, f)
+            self.taken = step + 1
+            if self.steps is not None:
+                self.steps = self.steps + self.active
+        self.evaluations = 2 * self.taken + (self.entered > self.taken)
+        bad = self.nonfinite > 0
+        return tuple(value.masked_fill(per_row(bad, value), torch.nan) for value in z_values)
+
+    def coefficients(self, active: torch.Tensor | None, like: torch.Tensor) -> tuple:
+        """`(1 - beta, beta)`; where only some rows are active, a column per row, with (1, 0) in the others."""
+        r = self.resolution
+        if active is None:
+            return r.contraction, r.beta
+        keep = torch.ones_like(active, dtype=like.dtype).masked_fill(active, r.contraction)
+        gain = torch.zeros_like(active, dtype=like.dtype).masked_fill(active, r.beta)
+        return per_row(keep, like), per_row(gain, like)
+
+    def _count(self, values: torch.Tensor, limit: float) -> None:
+        if not values.numel():
+            return
+        low, high = torch.aminmax(rows(values), dim=1)
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        outside = finite & ((low < -limit) | (high > limit))
+        self.nonfinite += ~finite if self.active is None else ~finite & self.active
+        self.clamped += outside if self.active is None else outside & self.active
+
+    def _measure(self, f: State, z: State) -> None:
+        """Residuals of the examples still active, which cease to be where they meet `tol`."""
+        with torch.no_grad():
+            residual = residual_of(f, z)
+            if self.active is None or self.residual is None:
+                self.residual = residual
+            else:
+                self.residual = torch.where(self.active, residual, self.residual)
+            if self.active is not None:
+                self.active = self.active & ~(residual <= self.tol)
+
+
+def residual_of(f: State, z: State) -> torch.Tensor:
+    """`||f - z|| / (1e-5 + ||f||)` per example, (batch,) float32, over all tensors of the state; NaN where `f` is not finite."""
+    difference = torch.stack([torch.linalg.vector_norm(rows(a - b).float(), dim=1) for a, b in zip(f, z, strict=True)])
+    size = torch.stack([torch.linalg.vector_norm(rows(a).float(), dim=1) for a in f])
+    return difference.norm(dim=0) / (RESIDUAL_FLOOR + size.norm(dim=0))
+
+
+@dataclass
+class _Evaluation:
+    """An evaluation with its graph: the leaves that stand for the state and the arguments, and `f` of them."""
+
+    state: State
+    leaves: list[torch.Tensor]
+    f: State
+
+
+def _evaluate_with_graph(evaluator: Evaluator, state: State, leaves: list[torch.Tensor]) -> _Evaluation:
+    with torch.enable_grad(), evaluator.precision():
+        state = tuple(part.detach().requires_grad_() for part in state)
+        return _Evaluation(state, leaves, evaluator(state, leaves))
+
+
+def _as_leaves(tensors: "Iterable[torch.Tensor]", needed: "Iterable[bool]") -> list[torch.Tensor]:
+    return [t.detach().requires_grad_() if need else t.detach() for t, need in zip(tensors, needed, strict=True)]
+
+
+class _Sums:
+    """Sums of gradients, in the order in which autograd would add them; a tensor that is not ours is never changed."""
+
+    def __init__(self, count: int) -> None:
+        self.totals: list[torch.Tensor | None] = [None] * count
+        self._own = [False] * count
+
+    def add(self, gradients: "Sequence[torch.Tensor | None]") -> None:
+        for i, gradient in enumerate(gradients):
+            total = self.totals[i]
+            if gradient is None:
+                continue
+            if total is None:
+                self.totals[i] = gradient
+            elif self._own[i]:
+                total.add_(gradient)
+            else:
+                self.totals[i], self._own[i] = total + gradient, True
+
+
+class _Reversible(torch.autograd.Function):
+    """The iteration, with its reversal as backward pass.
+
+    The tensors are those of `z0` (none for a zero start), then the evaluator's, then the block's parameters. Kept between the passes: these,
+    the last pair of states as integers with their digits, and the graphs of the last `keep` evaluations.
+    """
+
+    @staticmethod
+    def forward(ctx, solve, keep, certificate, z0_count, *tensors):  # type: ignore[override]
+        evaluator: Evaluator = solve.evaluator
+        end = z0_count + len(evaluator.tensors)
+        z0 = tensors[:z0_count] or None
+        needed = ctx.needs_input_grad[4:]
+        leaves = _as_leaves(tensors[z0_count:end], needed[z0_count:end])
+        # with tol the last evaluation is not known beforehand, and none is kept
+        keep_from = 2 * solve.max_steps - (keep if solve.tol is None else 0)
+        kept: list[_Evaluation] = []
+
+        def evaluate(state: State, number: int) -> State:
+            if number < keep_from:
+                return evaluator(state, leaves)
+            kept.append(_evaluate_with_graph(evaluator, state, leaves))
+            return tuple(part.detach() for part in kept[-1].f)
+
+        y, z = solve.start(z0), solve.start(z0)
+        out = solve.iterate(y, z, z0, evaluate)
+        if evaluator.autocast:
+            torch.clear_autocast_cache()  # weights were cast without a graph; whoever needs one must not find them
+        pair = (*y, *z)
+        ctx.save_for_backward(*tensors, *(s.integers for s in pair), *(word for s in pair for word in s.digits.words))
+        ctx.packings = [s.digits.packing() for s in pair]
+        evaluator.tensors = []  # from here on they are the saved ones
+        ctx.solve, ctx.kept, ctx.certificate = solve, kept, certificate
+        ctx.end, ctx.z0_count, ctx.parameters = end, z0_count, tensors[end:]
+        return out
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the reversible solve has no second derivative, and backward was called with create_graph=True; "
+                "use gradient='backprop' for double backward"
+            )
+        solve: Solve = ctx.solve
+        evaluator = solve.evaluator
+        current = trainable_parameters(evaluator.block)
+        if len(current) != len(ctx.parameters) or any(a is not b for a, b in zip(current, ctx.parameters, strict=True)):
+            raise RuntimeError(
+                "the block's trainable parameters are other tensors in the backward pass than in the forward pass "
+                "(torch.func.functional_call, a wrapper that swaps them, or requires_grad changed in between), so the evaluations cannot be "
+                "recomputed; use gradient='backprop'"
+            )
+        saved = ctx.saved_tensors
+        z0, arguments, exact = saved[: ctx.z0_count] or None, saved[ctx.z0_count : ctx.end], saved[ctx.end + len(current) :]
+        needed = ctx.needs_input_grad[4:]
+        leaves = _as_leaves(arguments, needed[ctx.z0_count : ctx.end])
+        wanted = [i for i, need in enumerate(needed[ctx.z0_count :]) if need]
+        count = len(evaluator.shapes)
+        y, z = _unpack(ctx.packings, exact, solve.resolution)
+        sums = _Sums(len(wanted))
+        kept, ctx.kept = ctx.kept, []  # a second backward pass over the same graph recomputes them
+
+        def evaluate_and_pull(states: list[ExactState], phase: "int | torch.Tensor", weights: State) -> tuple[State, tuple]:
+            """f at a state, and the products of its Jacobian's transpose with the weights; those for the inputs are summed up."""
+            evaluation = kept.pop() if kept else _evaluate_with_graph(evaluator, solve.values(states, phase), leaves)
+            if not ctx.certificate.inputs_known:
+                _refuse_hidden_inputs(evaluation, ctx.parameters)
+                ctx.certificate.inputs_known = True
+            inputs = [*evaluation.leaves, *ctx.parameters]
+            pairs = [(part, weight) for part, weight in zip(evaluation.f, weights, strict=True) if part.requires_grad]
+            if not pairs:
+                return evaluation.f, (None,) * count
+            parts, part_weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(parts, [*evaluation.state, *(inputs[i] for i in wanted)], part_weights, allow_unused=True)
+            sums.add(found[count:])
+            return tuple(part.detach() for part in evaluation.f), found[:count]
+
+        shapes = zip(evaluator.shapes, gradients, strict=True)
+        gz = [torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) if g is None else g for shape, g in shapes]
+        gy: list[torch.Tensor] = [torch.zeros_like(g) for g in gz]
+        phase = solve.phase
+        segment = solve.resolution.segment
+        with evaluator.replay():
+            for step in reversed(range(solve.entered)):
+                if step < solve.taken:
+                    active = None if solve.steps is None else solve.steps > step
+                    before = phase - 1 if active is None else phase - active.long()
+                    f, pulled = evaluate_and_pull(y, phase, _scaled(gz, solve, active))
+                    gy = _added(gy, pulled)
+                    for state, part in zip(z, f, strict=True):
+                        state.retreat(part, step % segment, active)
+                    f, pulled = evaluate_and_pull(z, before, _scaled(gy, solve, active))
+                    for state, part in zip(y, f, strict=True):
+                        state.retreat(part, step % segment, active)
+                    keep = solve.coefficients(active, gz[0])[0]
+                    gz = _added([keep * g for g in gz], pulled)
+                    gy = [keep * g for g in gy]
+                    phase = before
+                if step and step % segment == 0:
+                    entered = None if solve.steps is None else solve.steps >= step
+                    for state in (*y, *z):
+                        state.undo_spill(entered)
+                    phase = segment if entered is None else torch.where(entered, segment, phase)
+        start = solve.start(z0)
+        gaps = [torch.max(torch.abs(a.integers - b.integers)) for a, b in zip((*y, *z), start * 2, strict=True) if a.integers.numel()]
+        drift = torch.stack(gaps).max().to(torch.float32) * abs(solve.resolution.spacing(0)) if gaps else torch.zeros(())
+        ctx.certificate.record(drift)
+        result: list[torch.Tensor | None] = [None] * len(needed)
+        for i in range(ctx.z0_count):
+            result[i] = gz[i] + gy[i] if needed[i] else None
+        for i, total in zip(wanted, sums.totals, strict=True):
+            result[ctx.z0_count + i] = total
+        return None, None, None, None, *result
+
+
+def _unpack(packings: list[Digits], exact: "Sequence[torch.Tensor]", resolution: Resolution) -> tuple[list[ExactState], list[ExactState]]:
+    """Independent copies of the pair of states from what was saved."""
+    words = iter(exact[len(packings) :])
+    states = [ExactState(v.clone(), resolution, packing.filled(words)) for v, packing in zip(exact, packings, strict=False)]
+    return states[: len(states) // 2], states[len(states) // 2 :]
+
+
+def _refuse_hidden_inputs(evaluation: _Evaluation, parameters: "Sequence[torch.Tensor]") -> None:
+    """Follows the graph of one evaluation to its leaves: a leaf that is not among the inputs would silently get no gradient."""
+    known = {id(t) for t in (*evaluation.state, *evaluation.leaves, *parameters)}
+    todo = [part.grad_fn for part in evaluation.f if part.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            raise RuntimeError(
+                f"the block uses a tensor of shape {tuple(variable.shape)} that requires grad and is neither one of its parameters nor one of "
+                "its arguments, so the reversible backward pass cannot give it a gradient; "
+                "pass it to the layer as a context argument, register it as a parameter of the block, or use gradient='backprop'"
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+
+
+def _scaled(gradients: list[torch.Tensor], solve: Solve, active: torch.Tensor | None) -> State:
+    gain = solve.coefficients(active, gradients[0])[1]
+    return tuple(gain * gradient for gradient in gradients)
+
+
+def _added(gradients: list[torch.Tensor], pulled: tuple) -> list[torch.Tensor]:
+    return [gradient if more is None else gradient + more for gradient, more in zip(gradients, pulled, strict=True)]
+
+
+def trainable_parameters(block: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require grad at this moment, each once."""
+    return [parameter for parameter in block.parameters() if parameter.requires_grad]
+
+
+def solve_plain(solve: Solve, z0: State | None) -> State:
+    """Without gradients: nothing is kept."""
+    y, z = solve.start(z0), solve.start(z0)
+    with torch.no_grad():
+        return solve.iterate(y, z, z0, lambda state, _: solve.evaluator(state, solve.evaluator.tensors))
+
+
+def solve_reversible(solve: Solve, z0: State | None, keep: int, certificate: Any) -> State:
+    """With exact gradients by reversal. Cost: 2N evaluations forward and 2N - keep backward."""
+    evaluator = solve.evaluator
+    start = z0 or ()
+    return _Reversible.apply(
+        solve, keep, certificate, len(start), *start, *evaluator.tensors, *trainable_parameters(evaluator.block)
+    )
+
+
+def solve_stored(solve: Solve, z0: State | None, recompute_before: int) -> State:
+    """With exact gradients by autograd. Evaluations of a number below `recompute_before` keep their inputs only (`checkpoint`), the others
+    their graphs (`backprop`)."""
+    evaluator = solve.evaluator
+    arguments = evaluator.tensors
+
+    def call(state: State) -> State:
+        with evaluator.precision():
+            return evaluator(state, arguments)
+
+    def evaluate(state: State, number: int) -> State:
+        if number >= recompute_before:
+            return call(state)
+        # whether the block draws random numbers is not known before its first evaluation has run
+        return checkpoint(call, state, use_reentrant=False, preserve_rng_state=number == 0 or evaluator.random)
+
+    y, z = solve.start(z0), solve.start(z0)
+    return solve.iterate(y, z, z0, evaluate, differentiable=True)

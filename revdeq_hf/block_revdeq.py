@@ -1,0 +1,178 @@
+# Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
+"""The weight-tied maps `f(z, x)`: transformer blocks for the language model, a convolutional block for the image model.
+
+They know nothing of solvers. Nothing in them changes between two calls, so a call can be repeated bit for bit.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_revdeq import RevDEQConfig
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions. States (batch, heads, seq, dim); cos and sin (batch, seq, dim), their two halves equal."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, the reference for the fused kernels. Query (batch, heads, seq, dim), key and value with key-value heads.
+
+    Returns the output (batch, seq, heads, dim) and the weights (batch, heads, seq, keys).
+    """
+    groups = module.num_key_value_groups
+    key, value = (tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor for tensor in (key, value))
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class RevDEQAttention(nn.Module):
+    """Causal attention with grouped keys and values, rotary positions where they are given, and an optional cache."""
+
+    def __init__(self, config: RevDEQConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        bias = config.block_type == "paper"
+        width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        """hidden_states (batch, seq, hidden_size); returns the same shape and the attention weights or None."""
+        shape = hidden_states.shape[:-1]
+        query, key, value = (
+            projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)  # (batch, heads, seq, dim)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+class RevDEQGatedMLP(nn.Module):
+    """`down(act(gate(x)) * up(x))`, without biases."""
+
+    def __init__(self, config: RevDEQConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class RevDEQDeepMLP(nn.Module):
+    """The paper's MLP: two hidden layers, with biases."""
+
+    def __init__(self, config: RevDEQConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.mid_proj = nn.Linear(config.intermediate_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.mid_proj(self.act_fn(self.up_proj(hidden_states)))))
+
+
+class RevDEQLayer(nn.Module):
+    """A pre-norm transformer layer, `h = skip + Attn(norm(u)); h + MLP(norm(h))`; its identity path may come from elsewhere than its input."""
+
+    def __init__(self, config: RevDEQConfig, layer_idx: int) -> None:
+        super().__init__()
+        paper = config.block_type == "paper"
+        norm = nn.LayerNorm if paper else nn.RMSNorm
+        self.input_layernorm = norm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = RevDEQAttention(config, layer_idx)
+        self.post_attention_layernorm = norm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = RevDEQDeepMLP(config) if paper else RevDEQGatedMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states: torch.Tensor, skip: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """hidden_states `u` and `skip` (default: u) of shape (batch, seq, hidden_size); keyword arguments go to the attention."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = (hidden_states if skip is None else skip) + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+
+
+class RevDEQTransformerBlock(nn.Module):
+    """`f(z, x)` of the language model: one or more transformer layers on `z + x`.
+
+    The first layer's identity path starts from `z` in the paper's block, `h = z + Attn(LN(z + x)), f = h + MLP(LN(h))`, and from `x` in the
+    modern one: without an identity path from the state the map contracts by itself, and more steps than in training do no
+    harm.
+    """
+
+    def __init__(self, config: RevDEQConfig) -> None:
+        super().__init__()
+        self.skip_from_state = config.block_type == "paper"
+        self.layers = nn.ModuleList([RevDEQLayer(config, index) for index in range(config.num_block_layers)])
+
+    def forward(self, z: torch.Tensor, x: torch.Tensor, past_key_values=None, **kwargs) -> torch.Tensor:
+        """z and x (batch, seq, hidden_size); `past_key_values` are `EvaluationSlots` or None; the rest goes to the attention."""
+        if past_key_values is not None:
+            past_key_values.next_evaluation()
+        skip = z if self.skip_from_state else x
+        hidden_states = z + x
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, skip=skip, past_key_values=past_key_values, **kwargs)
+            skip = None
+        return hidden_states
+
+
+class RevDEQConvBlock(nn.Module):
+    """`f(z, x) = GN(ReLU(z + GN(x + conv(ReLU(GN(conv(z)))))))` of the image model; 3x3 convolutions without biases.
+
+    Args:
+        channels: channels of the state, a multiple of `group_width`.
+        expansion: hidden channels as a multiple of `channels`.
+        group_width: channels of a group.
+        eps: added to variances.
+    """
+
+    def __init__(self, channels: int, expansion: int, group_width: int, eps: float) -> None:
+        super().__init__()
+        hidden = channels * expansion
+        self.conv1 = nn.Conv2d(channels, hidden, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(hidden // group_width, hidden, eps=eps)
+        self.conv2 = nn.Conv2d(hidden, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(channels // group_width, channels, eps=eps)
+        self.norm3 = nn.GroupNorm(channels // group_width, channels, eps=eps)
+
+    def forward(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """z and x (batch, channels, height, width)."""
+        inner = self.norm2(x + self.conv2(torch.relu(self.norm1(self.conv1(z)))))
+        return self.norm3(torch.relu(z + inner))

@@ -1,0 +1,256 @@
+# Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
+"""Configurations of the language model and of the image classifier: fields, their checks, and the paper's presets."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils.type_validators import interval
+
+from .layer_revdeq import check_solver_settings
+
+BLOCK_TYPES = ("modern", "paper")
+KV_CACHES = ("per_evaluation",)
+
+
+@strict
+class RevDEQConfig(PreTrainedConfig):
+    r"""Configuration of the language model, `RevDEQModel` and its heads.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: width of the state.
+        intermediate_size: width of the MLP's hidden layer (two hidden layers in the paper's block).
+        num_attention_heads: must divide `hidden_size`.
+        num_key_value_heads: must divide `num_attention_heads`; None: as many.
+        num_block_layers: transformer layers inside one evaluation of the block.
+        num_prelude_layers, num_coda_layers: ordinary layers before and after the fixed point.
+        max_position_embeddings: longest sequence; a bound with the paper's learned positions, a hint with rotary ones.
+        hidden_act: activation of the MLP, a name of `transformers.activations.ACT2FN`.
+        block_type: "modern" (RMSNorm, rotary positions, gated MLP; identity path from the injected input, none from the state) or
+            "paper" (section 5 of arXiv 2509.12917: LayerNorm, learned positions, MLP with two hidden layers; identity path from the state).
+        beta: relaxation of the iteration, in (0, 2), not 1.
+        max_steps: steps of a solve, two evaluations of the block each.
+        tol: relative residual at which an example stops; None: always `max_steps`. With `tol`, generation runs without a cache.
+        solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
+        kv_cache: "per_evaluation", one cache slot for every evaluation and layer, which equals the full forward pass.
+        attention_dropout, hidden_dropout: dropout probabilities inside the block; one mask per solve.
+        initializer_range: standard deviation of linear weights and embeddings. (The paper's block: 1 for embeddings, uniform in
+            `+-1/sqrt(inputs)` for linear layers, whatever this field says.)
+        norm_eps: added to variances.
+        rope_parameters: rotary positions, as in other transformers models; the paper's block has none.
+        tie_word_embeddings: whether the head shares the embedding's weights.
+        use_cache: whether `generate` and calls without gradients return a cache.
+        pad_token_id, bos_token_id, eos_token_id: special tokens.
+
+    Example:
+        >>> from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
+        >>> config = RevDEQConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3)
+        >>> RevDEQForCausalLM(config).num_parameters()
+        14432
+    """
+
+    model_type = "revdeq"
+    keys_to_ignore_at_inference = ["past_key_values", "solver_steps", "solver_residual"]
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "solve": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    num_block_layers: int = 1
+    num_prelude_layers: int = 0
+    num_coda_layers: int = 0
+    max_position_embeddings: int = 1024
+    hidden_act: str = "silu"
+    block_type: str = "modern"
+    beta: int | float = 0.5
+    max_steps: int = 4
+    tol: int | float | None = None
+    solver: str = "reversible"
+    gradient: str = "reversible"
+    keep_evaluations: int = 1
+    drift_policy: str = "warn"
+    kv_cache: str = "per_evaluation"
+    attention_dropout: int | float = 0.0
+    hidden_dropout: int | float = 0.0
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    norm_eps: float = 1e-5
+    rope_parameters: dict | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        slots = kwargs.pop("num_hidden_layers", None)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+        if slots is not None and slots != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers of a RevDEQ is 2 * max_steps * num_block_layers + num_prelude_layers + num_coda_layers = "
+                f"{self.num_hidden_layers}, got {slots}; set max_steps or num_block_layers instead"
+            )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Cache slots: one for each layer of each evaluation, and one for each layer outside the fixed point."""
+        return 2 * self.max_steps * self.num_block_layers + self.num_prelude_layers + self.num_coda_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, slots: int) -> None:
+        inside = slots - self.num_prelude_layers - self.num_coda_layers
+        if inside <= 0 or inside % (2 * self.num_block_layers):
+            raise ValueError(
+                f"num_hidden_layers counts 2 * num_block_layers = {2 * self.num_block_layers} layers a step and "
+                f"{self.num_prelude_layers + self.num_coda_layers} outside the fixed point, got {slots}; set max_steps instead"
+            )
+        self.max_steps = inside // (2 * self.num_block_layers)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def paper_wikitext103(cls, **kwargs) -> "RevDEQConfig":
+        """The paper's language model for WikiText-103: 94M parameters, 448 tokens, 4 steps at beta 0.5, `tol` 1e-3."""
+        settings = dict(
+            vocab_size=50304,
+            hidden_size=768,
+            intermediate_size=3072,
+            num_attention_heads=12,
+            max_position_embeddings=448,
+            hidden_act="gelu_pytorch_tanh",
+            block_type="paper",
+            beta=0.5,
+            max_steps=4,
+            tol=1e-3,
+        )
+        return cls(**{**settings, **kwargs})
+
+    def validate_architecture(self):
+        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_block_layers")
+        _check_at_least(self, 1, *positive, "max_position_embeddings")
+        _check_at_least(self, 0, "num_prelude_layers", "num_coda_layers")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"num_attention_heads must divide hidden_size, got {self.num_attention_heads} and {self.hidden_size}")
+        if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads, got {self.num_key_value_heads} and {self.num_attention_heads}"
+            )
+        _check_member(self, "block_type", BLOCK_TYPES)
+        _check_member(self, "kv_cache", KV_CACHES)
+        if self.block_type == "modern" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head size, got hidden_size / num_attention_heads = {self.head_dim}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+        for name in ("attention_dropout", "hidden_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+
+    def validate_solver(self):
+        check_solver_settings(
+            self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy
+        )
+
+
+@strict
+class RevDEQVisionConfig(PreTrainedConfig):
+    r"""Configuration of the image model, `RevDEQVisionModel` and `RevDEQForImageClassification`.
+
+    Args:
+        image_size: height and width of the images the processor makes; the model itself takes any size.
+        num_channels: channels of the images.
+        hidden_sizes: channels of each stage; between two stages the resolution is halved.
+        expansion_ratios: hidden channels of a stage's block, as a multiple of its channels.
+        max_steps: steps of each stage's solve, a number for all or one per stage.
+        beta: relaxation of the iteration, in (0, 2), not 1.
+        tol: relative residual at which an example stops; None: always `max_steps`.
+        solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
+        group_width: channels of a group of GroupNorm; must divide all channel counts.
+        pool_size: side of the grid that features are averaged to before the classifier.
+        norm_eps: added to variances.
+        initializer_range: standard deviation of the classifier's weights (convolutions start uniform in `+-1/sqrt(inputs)`).
+
+    Example:
+        >>> from revdeq_hf import RevDEQVisionConfig
+        >>> RevDEQVisionConfig.paper_cifar10_multiscale().hidden_sizes
+        [128, 256, 256, 128]
+    """
+
+    model_type = "revdeq_vision"
+    keys_to_ignore_at_inference = ["solver_steps", "solver_residual"]
+
+    image_size: int = 32
+    num_channels: int = 3
+    hidden_sizes: list[int] | tuple[int, ...] = (128, 256, 256, 128)
+    expansion_ratios: list[int] | tuple[int, ...] = (1, 3, 3, 1)
+    max_steps: int | list[int] | tuple[int, ...] = 4
+    beta: int | float = 0.8
+    tol: int | float | None = None
+    solver: str = "reversible"
+    gradient: str = "reversible"
+    keep_evaluations: int = 1
+    drift_policy: str = "warn"
+    group_width: int = 16
+    pool_size: int = 1
+    norm_eps: float = 1e-5
+    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+
+    def __post_init__(self, **kwargs):
+        self.hidden_sizes, self.expansion_ratios = list(self.hidden_sizes), list(self.expansion_ratios)
+        if not isinstance(self.max_steps, int):
+            self.max_steps = list(self.max_steps)
+        super().__post_init__(**kwargs)
+
+    @property
+    def steps_per_stage(self) -> list[int]:
+        """`max_steps`, one entry per stage."""
+        return [self.max_steps] * len(self.hidden_sizes) if isinstance(self.max_steps, int) else list(self.max_steps)
+
+    @classmethod
+    def paper_cifar10_multiscale(cls, **kwargs) -> "RevDEQVisionConfig":
+        """The paper's multi-scale network for CIFAR-10: four stages, 10.3M parameters, 4 steps at beta 0.8."""
+        settings = dict(hidden_sizes=[128, 256, 256, 128], expansion_ratios=[1, 3, 3, 1], num_labels=10)
+        return cls(**{**settings, **kwargs})
+
+    def validate_architecture(self):
+        _check_at_least(self, 1, "image_size", "num_channels", "group_width", "pool_size")
+        sizes, ratios = self.hidden_sizes, self.expansion_ratios
+        if not sizes or any(not isinstance(n, int) or n < 1 for n in (*sizes, *ratios)):
+            raise ValueError(f"hidden_sizes and expansion_ratios must be non-empty lists of whole numbers >= 1, got {sizes} and {ratios}")
+        if len(ratios) != len(sizes):
+            raise ValueError(f"expansion_ratios must have one entry per stage, got {len(ratios)} for {len(sizes)} hidden_sizes")
+        for size in sizes:
+            if size % self.group_width:
+                raise ValueError(f"group_width must divide the channels of every stage, got {self.group_width} and {size}")
+        if len(self.steps_per_stage) != len(sizes):
+            raise ValueError(f"max_steps must be a number or have one entry per stage, got {self.max_steps} for {len(sizes)} stages")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+
+    def validate_solver(self):
+        for steps in self.steps_per_stage:
+            check_solver_settings(self.beta, steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy)
+
+
+def _check_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is None or not math.isfinite(value) or value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_member(config: PreTrainedConfig, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(config, name)!r}")
+
+
+__all__ = ["RevDEQConfig", "RevDEQVisionConfig"]

@@ -1,0 +1,369 @@
+# Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
+"""`ReversibleFixedPoint`: the equilibrium of any block, as a module, with a proof of exactness after every backward pass."""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .adjoint_revdeq import (
+    Evaluator,
+    Solve,
+    solve_plain,
+    solve_reversible,
+    solve_stored,
+    trainable_parameters,
+)
+from .solver_revdeq import rational_beta
+
+GRADIENT_MODES = ("reversible", "checkpoint", "backprop")
+SOLVERS = ("reversible",)
+DRIFT_POLICIES = ("warn", "raise", "ignore")
+MAX_STEPS_LIMIT = 100_000
+
+
+@dataclass(repr=False)
+class SolveStatistics:
+    """The figures of a solve.
+
+    Attributes:
+        steps: (batch,) int64, steps taken by each example.
+        residual: (batch,) float32, `||f(z) - z|| / (1e-5 + ||f(z)||)` over all of an example's state, for the state at the start of the last
+            step, where it costs no evaluation; for an example that met `tol`, of the very state returned.
+        evaluations: calls of the block, 2 a step (and one more where `tol` ended the solve).
+        clamped: (batch,) int64, evaluations in which a value of the block was beyond +-2048 and was clamped.
+        nonfinite: (batch,) int64, evaluations in which a value of the block was NaN or infinite.
+    """
+
+    steps: torch.Tensor
+    residual: torch.Tensor | None
+    evaluations: int
+    clamped: torch.Tensor
+    nonfinite: torch.Tensor
+
+    def __repr__(self) -> str:
+        steps, residual = self.steps, self.residual
+        batch = steps.shape[0]
+        if batch == 0:
+            return f"{type(self).__name__}(batch=0)"
+        taken = f"{int(steps.min())}" if int(steps.min()) == int(steps.max()) else f"{int(steps.min())} to {int(steps.max())}"
+        shown = "" if residual is None else f", residual mean {residual.mean().item():.3g} max {residual.max().item():.3g}"
+        return (
+            f"{type(self).__name__}(batch={batch}, steps={taken}, evaluations={self.evaluations}{shown}, "
+            f"clamped={int(self.clamped.sum())}, nonfinite={int(self.nonfinite.sum())})"
+        )
+
+
+@dataclass(repr=False)
+class FixedPointSolution(SolveStatistics):
+    """What a solve returns: its figures, and
+
+    Attributes:
+        z: the fixed point, of the form of `x` (or `z0`): a tensor, or a tuple of tensors. NaN in every element of an example in which
+            the block was not finite.
+    """
+
+    z: torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class DriftError(RuntimeError):
+    """A backward pass did not arrive at the start state, and `drift_policy` is "raise"."""
+
+
+class _Glances:
+    """Looks at numbers on a device without making the host wait for them.
+
+    On the CPU at once. On an accelerator the number is copied in the background and looked at, once it has arrived, by a later `catch_up`.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[torch.Tensor, torch.Event, Callable[[float], None]]] = []
+
+    def at(self, number: torch.Tensor, act: Callable[[float], None], wait: bool = False) -> None:
+        if wait or number.device.type == "cpu":
+            act(float(number))
+            return
+        copied = number.to("cpu", non_blocking=True)
+        event = torch.Event(number.device)
+        event.record()
+        self._waiting = [*self._waiting[-8:], (copied, event, act)]
+
+    def catch_up(self) -> None:
+        arrived = [item for item in self._waiting if item[1].query()]
+        self._waiting = [item for item in self._waiting if item not in arrived]
+        for number, _, act in arrived:
+            act(float(number))
+
+
+class Certificate:
+    """The drift of a layer's backward passes, and what is done about it.
+
+    Attributes:
+        drift: 0-d float32, the greatest of the backward passes since the last forward pass.
+        inputs_known: whether the graph of an evaluation was seen to hold no foreign tensors.
+    """
+
+    def __init__(self, policy: str) -> None:
+        self.policy = policy
+        self.drift = torch.zeros((), dtype=torch.float32)
+        self.inputs_known = False
+        self._glances = _Glances()
+        self._new_account = True
+        self._warned: set[str] = set()
+
+    def open(self) -> None:
+        """Called in each forward pass with gradients."""
+        self._glances.catch_up()
+        self._new_account = True
+
+    def record(self, drift: torch.Tensor) -> None:
+        """Called at the end of each backward pass with its drift, 0-d float32.
+
+        Raises:
+            DriftError: it is not 0, and the policy is "raise".
+        """
+        self.drift = drift if self._new_account else torch.maximum(self.drift, drift)
+        self._new_account = False
+        if self.policy != "ignore":
+            self._glances.at(drift, self._judge, wait=self.policy == "raise")
+
+    def watch_clamping(self, clamped: torch.Tensor, limit: float) -> None:
+        """Called after each solve with the counts of clamped evaluations, (batch,)."""
+        if "clamped" not in self._warned:
+            self._glances.at(clamped.sum(), lambda count: self._warn_clamped(count, limit))
+
+    def _warn_clamped(self, count: float, limit: float) -> None:
+        if count:
+            self._warn(
+                "clamped",
+                f"values of the block beyond +-{limit:g} were clamped in {count:g} evaluations of examples: the state grows out of the range in "
+                "which it is kept exactly. Bound the block's output (a norm at its end, smaller weights), lower beta, or scale x down. "
+                "Later occurrences are only counted (solution.clamped)",
+            )
+
+    def _judge(self, drift: float) -> None:
+        if drift == 0.0:
+            return
+        message = (
+            f"the reversible backward pass did not reconstruct its start state: drift {drift:.3g}, expected 0. The gradients of this pass "
+            "are wrong, because the block did not give the same result twice for the same input. Likely causes: a nondeterministic kernel "
+            "(see torch.use_deterministic_algorithms), random numbers from outside torch's default generators, a module that changes its own "
+            "buffers (spectral norm, running statistics), parameters changed between the passes, or a block compiled "
+            "differently with and without gradients. gradient='checkpoint' tolerates small differences"
+        )
+        if self.policy == "raise":
+            raise DriftError(message)
+        self._warn("drift", message)
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=2)
+
+
+class ReversibleFixedPoint(nn.Module):
+    """Iterates a block to its fixed point `z* = f(z*, x)`, with exact gradients in constant memory.
+
+        y' = (1 - beta) y + beta f(z,  x)
+        z' = (1 - beta) z + beta f(y', x)
+
+    from `y = z = 0` (or `z0`); McCallum, Arora and Foster, Reversible Deep Equilibrium Models, arXiv 2509.12917. States are kept so
+    that every step can be undone to the last bit (see `solver_revdeq.py`), for every beta and in every precision of the block.
+
+    Args:
+        block: module called as `block(z, x, *context, **block_kwargs)`; returns what it is given as `z`, in form, shape and dtype (under
+            autocast any floating dtype). Examples are the entries of the first dimension and must not influence each other.
+            The same call must give the same result: torch's generators and autocast are replayed (all evaluations of a
+            solve use the same dropout mask); BatchNorm in training mode is refused.
+        beta: relaxation in (0, 2), not 1. Taken to the nearest fraction of a denominator up to 1000, with a warning where
+            that differs; `layer.beta` is the value in use. Converges for beta < 2 / (1 + k) if the block is k-Lipschitz in z, k < 1.
+        max_steps: N >= 1; a step is two evaluations of the block.
+        tol: None: always `max_steps`. A float >= 0: each example stops at the first step at whose start its relative residual is
+            at most `tol`; its state is frozen there. Costs one host synchronisation a step and one evaluation to notice the end.
+        gradient: "reversible" (states are reconstructed), "checkpoint" (inputs of the evaluations are kept), "backprop" (all is kept).
+            Same outputs, same gradients.
+        solver: "reversible".
+        keep_evaluations: k >= 0, the last k evaluations keep their graphs in "reversible" and "checkpoint", so that the backward pass recomputes
+            2N - k. With `tol` none are kept in "reversible".
+        drift_policy: what a backward pass does that did not arrive at the start state: "warn" (once), "raise" `DriftError`, "ignore".
+
+    Cost, in evaluations of the block (a vector-Jacobian product counts 2) and in state tensors of the state's size:
+
+        | gradient   | time of a training step | kept between the passes                                        |
+        |------------|-------------------------|----------------------------------------------------------------|
+        | reversible | 8N - k                  | two int64 states, k graphs; beyond 27 steps at beta = 0.5 (11 at 0.8) log2(d/abs(n)) bits per element and step, 1 - beta = n/d |
+        | checkpoint | 8N - k                  | 2N - k states, k graphs                                          |
+        | backprop   | 6N                      | 2N graphs                                                      |
+
+    Attributes:
+        drift: 0-d float32 tensor, the greatest absolute difference between the reconstructed and the true start state in the backward passes
+            since the last forward pass; 0 means that they were exact. Always 0 before the first one and in the other modes.
+        statistics: `SolveStatistics` of the last solve, None before it.
+
+    Example:
+        >>> import torch
+        >>> from revdeq_hf import ReversibleFixedPoint
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(16, 16)
+        ...     def forward(self, z, x):
+        ...         return torch.tanh(0.5 * self.linear(z) + x)
+        >>> layer = ReversibleFixedPoint(Block(), beta=0.8, max_steps=8)
+        >>> solution = layer(torch.randn(4, 16))
+        >>> solution.z.square().sum().backward()
+        >>> layer.drift
+        tensor(0.)
+        >>> solution.evaluations
+        16
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        beta: float = 0.8,
+        max_steps: int = 8,
+        tol: float | None = None,
+        gradient: str = "reversible",
+        solver: str = "reversible",
+        keep_evaluations: int = 1,
+        drift_policy: str = "warn",
+    ) -> None:
+        super().__init__()
+        if not isinstance(block, nn.Module):
+            raise TypeError(f"block must be a torch.nn.Module, so that its parameters get gradients, got {type(block).__name__}")
+        check_solver_settings(beta, max_steps, tol, gradient, solver, keep_evaluations, drift_policy)
+        self.block = block
+        self.beta = float(rational_beta(beta))
+        if not math.isclose(self.beta, beta, rel_tol=1e-12):
+            warnings.warn(
+                f"beta={beta} is not a fraction with a denominator up to 1000; beta={rational_beta(beta)}={self.beta} is used", stacklevel=2
+            )
+        self.max_steps = max_steps
+        self.tol = tol
+        self.gradient = gradient
+        self.solver = solver
+        self.keep_evaluations = keep_evaluations
+        self.statistics: SolveStatistics | None = None
+        self._certificate = Certificate(drift_policy)
+
+    @property
+    def drift(self) -> torch.Tensor:
+        return self._certificate.drift
+
+    @property
+    def drift_policy(self) -> str:
+        return self._certificate.policy
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta:g}, max_steps={self.max_steps}, tol={self.tol}, gradient={self.gradient!r}, solver={self.solver!r}"
+
+    def forward(self, x, *context, z0=None, max_steps: int | None = None, gradient: str | None = None, **block_kwargs) -> FixedPointSolution:
+        """Solves for the fixed point.
+
+        Args:
+            x: injected input, (batch, ...) floating tensor, or a tuple of such; fixes the form, shape and dtype of the state unless `z0` is given.
+            context: further positional arguments of the block. Tensors in them (also inside tuples, lists and dicts) get gradients.
+            z0: start state instead of zero, of the state's form. Gets a gradient. Values beyond the state limit (2048 for beta < 1) are clamped
+                and counted.
+            max_steps, gradient: instead of the layer's.
+            block_kwargs: keyword arguments of the block; tensors in them get gradients.
+
+        Returns:
+            `FixedPointSolution`.
+
+        Raises:
+            ValueError, TypeError: arguments, or what the block returns, do not fit; nothing has been changed then.
+            DriftError: in the backward pass, see `drift_policy`.
+        """
+        steps = self.max_steps if max_steps is None else check_steps(max_steps)
+        mode = self.gradient if gradient is None else _check_choice("gradient", gradient, GRADIENT_MODES)
+        state = _check_state(x if z0 is None else z0, "x" if z0 is None else "z0")
+        if z0 is not None and isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != state[0].shape[0]:
+            raise ValueError(f"x and z0 must agree in their first dimension (the batch), got {x.shape[0]} and {state[0].shape[0]}")
+        refuse_training_batchnorm(self.block)
+        is_tuple = isinstance(x if z0 is None else z0, tuple)
+        evaluator = Evaluator(self.block, (x, context, block_kwargs), is_tuple, state)
+        solve = Solve(evaluator, self.beta, steps, self.tol)
+        start = None if z0 is None else state
+        wants_gradient = torch.is_grad_enabled() and (
+            any(t.requires_grad for t in (*(start or ()), *evaluator.tensors)) or bool(trainable_parameters(self.block))
+        )
+        if not wants_gradient:
+            z = solve_plain(solve, start)
+        elif mode == "reversible":
+            self._certificate.open()
+            z = solve_reversible(solve, start, min(self.keep_evaluations, 2 * steps), self._certificate)
+        else:
+            z = solve_stored(solve, start, 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0)
+        taken = solve.steps
+        if taken is None:
+            taken = torch.full((state[0].shape[0],), steps, dtype=torch.int64, device=state[0].device)
+        self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, solve.clamped, solve.nonfinite)
+        self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
+        return FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
+
+
+def check_steps(max_steps: int) -> int:
+    """Returns `max_steps` if it is a whole number from 1 to 100,000.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or not 1 <= max_steps <= MAX_STEPS_LIMIT:
+        raise ValueError(f"max_steps must be a whole number from 1 to {MAX_STEPS_LIMIT}, got {max_steps!r}")
+    return max_steps
+
+
+def check_solver_settings(
+    beta: float, max_steps: int, tol: float | None, gradient: str, solver: str, keep_evaluations: int, drift_policy: str
+) -> None:
+    """Raises ValueError, with what was got and what was expected, unless the settings suit `ReversibleFixedPoint`."""
+    rational_beta(beta)
+    check_steps(max_steps)
+    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (int, float)) or not (0 <= tol < math.inf)):
+        raise ValueError(f"tol must be None (always max_steps) or a finite number >= 0, got {tol!r}")
+    for name, value, allowed in (
+        ("gradient", gradient, GRADIENT_MODES),
+        ("solver", solver, SOLVERS),
+        ("drift_policy", drift_policy, DRIFT_POLICIES),
+    ):
+        _check_choice(name, value, allowed)
+    if isinstance(keep_evaluations, bool) or not isinstance(keep_evaluations, int) or keep_evaluations < 0:
+        raise ValueError(f"keep_evaluations must be a whole number >= 0, got {keep_evaluations!r}")
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def refuse_training_batchnorm(block: nn.Module) -> None:
+    """Raises ValueError if the block holds batch normalisation in training mode: its statistics couple the examples and change at every call."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ValueError(
+                f"the block holds {type(module).__name__} ({name!r}) in training mode, whose statistics change at every evaluation, so that f is "
+                "not one map and cannot be reversed; use GroupNorm, LayerNorm or RMSNorm inside the block, put BatchNorm outside, or call .eval() on it"
+            )
+
+
+def _check_state(state, name: str) -> tuple[torch.Tensor, ...]:
+    parts = state if isinstance(state, tuple) else (state,)
+    if not parts or not all(isinstance(part, torch.Tensor) for part in parts):
+        raise TypeError(f"{name} must be a tensor or a tuple of tensors, got {type(state).__name__}")
+    for part in parts:
+        if not part.is_floating_point() or part.dim() == 0:
+            raise ValueError(f"{name} must hold floating tensors of shape (batch, ...), got {part.dtype} of shape {tuple(part.shape)}")
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.shape[0], part.dtype, part.device) != (first.shape[0], first.dtype, first.device):
+            raise ValueError(
+                f"the tensors of {name} must agree in batch size, dtype and device, got "
+                f"{first.shape[0]}, {first.dtype}, {first.device} and {part.shape[0]}, {part.dtype}, {part.device}"
+            )
+    return parts

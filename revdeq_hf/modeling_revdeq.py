@@ -1,0 +1,350 @@
+# Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
+"""The language model: token embeddings, the fixed point of a transformer block, and a head."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .block_revdeq import RevDEQAttention, RevDEQLayer, RevDEQTransformerBlock
+from .cache_revdeq import EvaluationSlots, check_slots
+from .configuration_revdeq import RevDEQConfig
+from .layer_revdeq import ReversibleFixedPoint, check_steps
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class RevDEQModelOutput(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast` and the figures of the solve.
+
+    Args:
+        solver_steps (`torch.LongTensor` of shape `(batch,)`): Steps each example took.
+        solver_residual (`torch.FloatTensor` of shape `(batch,)`): Relative residual of each example, see `FixedPointSolution`.
+    """
+
+    solver_steps: torch.Tensor | None = None
+    solver_residual: torch.Tensor | None = None
+
+
+@dataclass
+class RevDEQCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` and the figures of the solve, where `output_solver_stats=True` asked for them.
+
+    Args:
+        solver_steps (`torch.LongTensor` of shape `(batch,)`): Steps each example took.
+        solver_residual (`torch.FloatTensor` of shape `(batch,)`): Relative residual of each example, see `FixedPointSolution`.
+    """
+
+    solver_steps: torch.Tensor | None = None
+    solver_residual: torch.Tensor | None = None
+
+
+class RevDEQRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions, computed in float32."""
+
+    inv_freq: torch.Tensor
+    original_inv_freq: torch.Tensor
+
+    def __init__(self, config: RevDEQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        compute = self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = compute(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: RevDEQConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies (head_dim / 2,) and the scale of the result, 1."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids (batch or 1, seq); returns cos and sin (batch or 1, seq, head_dim) in the dtype of x."""
+        angles = position_ids[..., None].to(torch.float32) * self.inv_freq.to(x.device, torch.float32)
+        angles = torch.cat((angles, angles), dim=-1)
+        return tuple((wave * self.attention_scaling).to(x.dtype) for wave in (angles.cos(), angles.sin()))  # type: ignore[return-value]
+
+
+@auto_docstring
+class RevDEQPreTrainedModel(PreTrainedModel):
+    config: RevDEQConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReversibleFixedPoint"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": RevDEQLayer, "attentions": RevDEQAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if self.config.block_type == "paper" and isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)  # as the authors' layers start
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
+        elif self.config.block_type == "paper" and isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        else:
+            super()._init_weights(module)
+
+
+@auto_docstring
+class RevDEQModel(RevDEQPreTrainedModel):
+    def __init__(self, config: RevDEQConfig) -> None:
+        super().__init__(config)
+        config.validate()
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.block_type == "paper":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.input_norm = self.norm = nn.Identity()
+        else:
+            self.rotary_emb = RevDEQRotaryEmbedding(config)
+            self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        inside = 2 * config.max_steps * config.num_block_layers
+        self.prelude = nn.ModuleList(RevDEQLayer(config, index) for index in range(config.num_prelude_layers))
+        self.solve = ReversibleFixedPoint(
+            RevDEQTransformerBlock(config),
+            beta=config.beta,
+            max_steps=config.max_steps,
+            tol=config.tol,
+            gradient=config.gradient,
+            solver=config.solver,
+            keep_evaluations=config.keep_evaluations,
+            drift_policy=config.drift_policy,
+        )
+        first = config.num_prelude_layers + inside
+        self.coda = nn.ModuleList(RevDEQLayer(config, first + index) for index in range(config.num_coda_layers))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        max_steps: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RevDEQModelOutput:
+        r"""
+        max_steps (`int`, *optional*):
+            Steps of the solve, instead of `config.max_steps`. A cache serves one number of steps only.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        steps = self.config.max_steps if max_steps is None else check_steps(max_steps)
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids)
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
+            raise ValueError(f"inputs_embeds must be (batch, seq, {self.config.hidden_size}), got {tuple(inputs_embeds.shape)}")
+        past_key_values = self._usable_cache(past_key_values, use_cache, steps)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if position_ids is None:
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        if self.config.block_type == "paper":
+            hidden_states = inputs_embeds + self._embed_positions(position_ids)
+            rotary = None
+        else:
+            hidden_states = self.input_norm(inputs_embeds)
+            rotary = self.rotary_emb(inputs_embeds, position_ids)
+        attention = dict(attention_mask=attention_mask, position_embeddings=rotary, position_ids=position_ids, **kwargs)
+        for layer in self.prelude:
+            hidden_states = layer(hidden_states, past_key_values=past_key_values, **attention)
+        slots = None
+        if past_key_values is not None:
+            slots = EvaluationSlots(past_key_values, self.config.num_prelude_layers, self.config.num_block_layers)
+        solution = self.solve(
+            hidden_states, past_key_values=slots, max_steps=steps, gradient=self._gradient_mode(past_key_values, kwargs), **attention
+        )
+        hidden_states = solution.z
+        # the coda's slots follow those of this call's evaluations, which may be others than the config's
+        shift = 2 * (steps - self.config.max_steps) * self.config.num_block_layers
+        after = None if past_key_values is None else EvaluationSlots(past_key_values, shift, 0)
+        for layer in self.coda:
+            hidden_states = layer(hidden_states, past_key_values=after, **attention)
+        return RevDEQModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            solver_steps=solution.steps,
+            solver_residual=solution.residual,
+        )
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if input_ids.device.type == "cpu" and input_ids.numel():  # elsewhere the look would make the host wait
+            low, high = int(input_ids.min()), int(input_ids.max())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids must lie in [0, vocab_size) = [0, {self.config.vocab_size}), got {low} to {high}; "
+                    "does the tokenizer belong to this model? resize_token_embeddings makes room for added tokens"
+                )
+        return self.embed_tokens(input_ids)
+
+    def _embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        longest = self.config.max_position_embeddings
+        if position_ids.device.type == "cpu" and position_ids.numel() and int(position_ids.max()) >= longest:
+            raise ValueError(
+                f"this model has learned positions for {longest} tokens (max_position_embeddings), got position {int(position_ids.max())}; "
+                "shorten the input, or use block_type='modern', whose rotary positions have no such limit"
+            )
+        return self.embed_positions(position_ids)
+
+    def _usable_cache(self, cache: Cache | None, use_cache: bool | None, steps: int) -> Cache | None:
+        config = self.config
+        if config.tol is not None:
+            if cache is not None and cache.get_seq_length():
+                raise ValueError("with config.tol the evaluations of a token are not known in advance, so no cache is kept; pass use_cache=False")
+            return None
+        # training would fill the cache with every evaluation's graph
+        if cache is None and use_cache and not torch.is_grad_enabled():
+            cache = DynamicCache(config=_with_steps(config, steps))
+        if cache is not None:
+            check_slots(cache, _with_steps(config, steps).num_hidden_layers, steps)
+        return cache
+
+    def _gradient_mode(self, cache: Cache | None, kwargs: dict) -> str:
+        """The configured mode, but the stored path where evaluations leave something behind that a recomputation would not."""
+        recording = any(kwargs.get(name) or getattr(self.config, name, False) for name in ("output_hidden_states", "output_attentions"))
+        if cache is not None or recording:
+            return "backprop"
+        if self.gradient_checkpointing and self.training and self.config.gradient == "backprop":
+            return "checkpoint"
+        return self.config.gradient
+
+
+@auto_docstring
+class RevDEQForCausalLM(RevDEQPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: RevDEQConfig) -> None:
+        super().__init__(config)
+        self.model = RevDEQModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        max_steps: int | None = None,
+        output_solver_stats: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RevDEQCausalLMOutput:
+        r"""
+        max_steps (`int`, *optional*):
+            Steps of the solve, instead of `config.max_steps`. A cache serves one number of steps only.
+        output_solver_stats (`bool`, *optional*, defaults to `False`):
+            Whether to return `solver_steps` and `solver_residual`, each of shape (batch,).
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> import revdeq_hf
+
+        >>> model = AutoModelForCausalLM.from_pretrained("runs/language")  # doctest: +SKIP
+        >>> tokenizer = AutoTokenizer.from_pretrained("runs/language")  # doctest: +SKIP
+        >>> ids = model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=40)  # doctest: +SKIP
+        ```"""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            max_steps=max_steps,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return RevDEQCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            solver_steps=outputs.solver_steps if output_solver_stats else None,
+            solver_residual=outputs.solver_residual if output_solver_stats else None,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        # generate makes its cache from the config: show it the steps of this call
+        if self.config.tol is not None:
+            generation_config.use_cache = False
+        own, steps = self.config, model_kwargs.get("max_steps")
+        self.config = _with_steps(own, own.max_steps if steps is None else check_steps(steps))
+        try:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        finally:
+            self.config = own
+
+
+def _with_steps(config: RevDEQConfig, steps: int) -> RevDEQConfig:
+    if steps == config.max_steps:
+        return config
+    config = copy.copy(config)
+    config.max_steps = steps
+    return config
+
+
+# Remote code runs no __init__.py, so classes are registered where they are defined. The tables of names are used by Trainer
+# (label smoothing shifts labels for the causal models named there) and by pipelines.
+AutoConfig.register("revdeq", RevDEQConfig, exist_ok=True)
+AutoModel.register(RevDEQConfig, RevDEQModel, exist_ok=True)
+AutoModelForCausalLM.register(RevDEQConfig, RevDEQForCausalLM, exist_ok=True)
+modeling_auto.MODEL_MAPPING_NAMES.setdefault("revdeq", "RevDEQModel")
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("revdeq", "RevDEQForCausalLM")
+
+__all__ = ["RevDEQForCausalLM", "RevDEQModel", "RevDEQPreTrainedModel"]
