@@ -9,7 +9,6 @@ from .layer_revdeq import DriftError, FixedPointSolution, ReversibleFixedPoint, 
 from .modeling_revdeq import RevDEQForCausalLM, RevDEQModel, RevDEQPreTrainedModel
 from .modeling_revdeq_vision import RevDEQForImageClassification, RevDEQVisionModel, RevDEQVisionPreTrainedModel
 
-
 __all__ = [
     "DriftError",
     "FixedPointSolution",

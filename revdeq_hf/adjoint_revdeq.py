@@ -86,7 +86,7 @@ class Evaluator:
         state: tensors of the shapes, dtype and device that the block must return.
     """
 
-    def __init__(self, block: Callable, arguments: tuple, is_tuple: bool, state: State) -> None:
+    def __init__(self, block: nn.Module, arguments: tuple, is_tuple: bool, state: State) -> None:
         self.block = block
         self.tensors: list[torch.Tensor] = []
         self.template = _take_tensors(arguments, self.tensors)
@@ -98,9 +98,7 @@ class Evaluator:
         self.random = False
         self._generators: list[torch.Tensor] | None = None
         kinds = {self.device.type, "cpu"} - {"meta"}
-        self.autocast = [
-            (kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind)
-        ]
+        self.autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
 
     def __call__(self, state: State, tensors: list[torch.Tensor]) -> State:
         """`f(state)` in the dtypes of the state; `tensors` take the places of the call's own."""
@@ -149,28 +147,27 @@ class Evaluator:
 
     @contextlib.contextmanager
     def replay(self) -> Iterator[None]:
-        """For recomputation: the forward pass's autocast, and the user's generators as they were afterwards."""
-        with self.precision():
-            if not self.random:
-                yield
-                return
-            users = _generator_states(self.device)
-            try:
-                yield
-            finally:
-                _set_generator_states(users, self.device)
+        """Around recomputation: leaves the user's generators as they are."""
+        if not self.random:
+            yield
+            return
+        users = _generator_states(self.device)
+        try:
+            yield
+        finally:
+            _set_generator_states(users, self.device)
 
 
 class _Relax(torch.autograd.Function):
     """The new value of a half step, differentiated as `keep * old + gain * f`: the rounding to integers counts as the identity."""
 
     @staticmethod
-    def forward(ctx, old, f, new, keep, gain):  # type: ignore[override]
+    def forward(ctx, old, f, new, keep, gain):
         ctx.keep, ctx.gain = keep, gain
         return new.view_as(new)
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[override]
+    def backward(ctx, gradient):
         return ctx.keep * gradient, None if ctx.gain is None else ctx.gain * gradient, None, None, None
 
 
@@ -277,7 +274,7 @@ class Solve:
             advance(z, f, phase)
             z_values = renew(z, z_values, f)
             self.taken = step + 1
-            if self.steps is not None:
+            if self.steps is not None and self.active is not None:
                 self.steps = self.steps + self.active
         self.evaluations = 2 * self.taken + (self.entered > self.taken)
         bad = self.nonfinite > 0
@@ -309,7 +306,7 @@ class Solve:
                 self.residual = residual
             else:
                 self.residual = torch.where(self.active, residual, self.residual)
-            if self.active is not None:
+            if self.active is not None and self.tol is not None:
                 self.active = self.active & ~(residual <= self.tol)
 
 
@@ -330,6 +327,7 @@ class _Evaluation:
 
 
 def _evaluate_with_graph(evaluator: Evaluator, state: State, leaves: list[torch.Tensor]) -> _Evaluation:
+    """The autocast covers the evaluation only: derivatives are computed outside it, as they are everywhere else."""
     with torch.enable_grad(), evaluator.precision():
         state = tuple(part.detach().requires_grad_() for part in state)
         return _Evaluation(state, leaves, evaluator(state, leaves))
@@ -367,7 +365,7 @@ class _Reversible(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, solve, keep, certificate, z0_count, *tensors):  # type: ignore[override]
+    def forward(ctx, solve, keep, certificate, z0_count, *tensors):
         evaluator: Evaluator = solve.evaluator
         end = z0_count + len(evaluator.tensors)
         z0 = tensors[:z0_count] or None
@@ -396,7 +394,7 @@ class _Reversible(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, *gradients):  # type: ignore[override]
+    def backward(ctx, *gradients):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the reversible solve has no second derivative, and backward was called with create_graph=True; "
@@ -526,9 +524,7 @@ def solve_reversible(solve: Solve, z0: State | None, keep: int, certificate: Any
     """With exact gradients by reversal. Cost: 2N evaluations forward and 2N - keep backward."""
     evaluator = solve.evaluator
     start = z0 or ()
-    return _Reversible.apply(
-        solve, keep, certificate, len(start), *start, *evaluator.tensors, *trainable_parameters(evaluator.block)
-    )
+    return _Reversible.apply(solve, keep, certificate, len(start), *start, *evaluator.tensors, *trainable_parameters(evaluator.block))
 
 
 def solve_stored(solve: Solve, z0: State | None, recompute_before: int) -> State:

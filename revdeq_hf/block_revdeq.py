@@ -34,8 +34,9 @@ def eager_attention_forward(
 
     Returns the output (batch, seq, heads, dim) and the weights (batch, heads, seq, keys).
     """
-    groups = module.num_key_value_groups
-    key, value = (tensor.repeat_interleave(groups, dim=1) if groups > 1 else tensor for tensor in (key, value))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -52,12 +53,13 @@ class RevDEQAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        key_value_heads = config.num_key_value_heads or config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         bias = config.block_type == "paper"
-        width = config.num_key_value_heads * self.head_dim
+        width = key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
@@ -145,11 +147,10 @@ class RevDEQTransformerBlock(nn.Module):
         """z and x (batch, seq, hidden_size); `past_key_values` are `EvaluationSlots` or None; the rest goes to the attention."""
         if past_key_values is not None:
             past_key_values.next_evaluation()
-        skip = z if self.skip_from_state else x
         hidden_states = z + x
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, skip=skip, past_key_values=past_key_values, **kwargs)
-            skip = None
+        for index, layer in enumerate(self.layers):
+            skip = hidden_states if index else z if self.skip_from_state else x
+            hidden_states = layer(hidden_states, skip, past_key_values=past_key_values, **kwargs)
         return hidden_states
 
 

@@ -47,7 +47,7 @@ class RevDEQConfig(PreTrainedConfig):
         >>> from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
         >>> config = RevDEQConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3)
         >>> RevDEQForCausalLM(config).num_parameters()
-        14432
+        14464
     """
 
     model_type = "revdeq"
@@ -156,9 +156,7 @@ class RevDEQConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
     def validate_solver(self):
-        check_solver_settings(
-            self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy
-        )
+        check_solver_settings(self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy)
 
 
 @strict

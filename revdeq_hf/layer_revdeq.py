@@ -190,13 +190,12 @@ class ReversibleFixedPoint(nn.Module):
             2N - k. With `tol` none are kept in "reversible".
         drift_policy: what a backward pass does that did not arrive at the start state: "warn" (once), "raise" `DriftError`, "ignore".
 
-    Cost, in evaluations of the block (a vector-Jacobian product counts 2) and in state tensors of the state's size:
+    Cost, in evaluations of the block (a vector-Jacobian product counts 2), and what is kept between the passes beside the inputs:
 
-        | gradient   | time of a training step | kept between the passes                                        |
-        |------------|-------------------------|----------------------------------------------------------------|
-        | reversible | 8N - k                  | two int64 states, k graphs; beyond 27 steps at beta = 0.5 (11 at 0.8) log2(d/abs(n)) bits per element and step, 1 - beta = n/d |
-        | checkpoint | 8N - k                  | 2N - k states, k graphs                                          |
-        | backprop   | 6N                      | 2N graphs                                                      |
+    - reversible: 8N - k a training step; two states as int64, k graphs. Past 27 steps at beta = 0.5 (11 at 0.8) also log2(d / |n|) bits per
+      element and step for each of the two states, 1 - beta = n/d in lowest terms.
+    - checkpoint: 8N - k; 2N - k states in their own dtype, k graphs. The smaller one for few steps.
+    - backprop: 6N; 2N graphs.
 
     Attributes:
         drift: 0-d float32 tensor, the greatest absolute difference between the reconstructed and the true start state in the backward passes
@@ -261,7 +260,9 @@ class ReversibleFixedPoint(nn.Module):
     def extra_repr(self) -> str:
         return f"beta={self.beta:g}, max_steps={self.max_steps}, tol={self.tol}, gradient={self.gradient!r}, solver={self.solver!r}"
 
-    def forward(self, x, *context, z0=None, max_steps: int | None = None, gradient: str | None = None, **block_kwargs) -> FixedPointSolution:
+    def forward(
+        self, x, *context, z0=None, max_steps: int | None = None, gradient: str | None = None, **block_kwargs
+    ) -> FixedPointSolution:
         """Solves for the fixed point.
 
         Args:

@@ -65,8 +65,10 @@ class RevDEQRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        assert config.rope_parameters is not None  # filled by the base class
         self.rope_type = config.rope_parameters["rope_type"]
         compute = self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
+        self.attention_scaling: float
         inv_freq, self.attention_scaling = compute(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -74,6 +76,7 @@ class RevDEQRotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: RevDEQConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (head_dim / 2,) and the scale of the result, 1."""
+        assert config.rope_parameters is not None
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
@@ -122,7 +125,8 @@ class RevDEQModel(RevDEQPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         if config.block_type == "paper":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            self.input_norm = self.norm = nn.Identity()
+            self.input_norm: nn.Module = nn.Identity()
+            self.norm: nn.Module = nn.Identity()
         else:
             self.rotary_emb = RevDEQRotaryEmbedding(config)
             self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
@@ -165,28 +169,27 @@ class RevDEQModel(RevDEQPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         steps = self.config.max_steps if max_steps is None else check_steps(max_steps)
-        if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids)
-        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != self.config.hidden_size:
-            raise ValueError(f"inputs_embeds must be (batch, seq, {self.config.hidden_size}), got {tuple(inputs_embeds.shape)}")
+        embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if embeds.dim() != 3 or embeds.shape[-1] != self.config.hidden_size:
+            raise ValueError(f"inputs_embeds must be (batch, seq, {self.config.hidden_size}), got {tuple(embeds.shape)}")
         past_key_values = self._usable_cache(past_key_values, use_cache, steps)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None:
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        new_positions = torch.arange(embeds.shape[1], device=embeds.device) + seen  # a static cache counts on the device
+        positions = new_positions.unsqueeze(0) if position_ids is None else position_ids
         attention_mask = create_causal_mask(
             config=self.config,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=positions,
         )
         if self.config.block_type == "paper":
-            hidden_states = inputs_embeds + self._embed_positions(position_ids)
+            hidden_states = embeds + self._embed_positions(positions)
             rotary = None
         else:
-            hidden_states = self.input_norm(inputs_embeds)
-            rotary = self.rotary_emb(inputs_embeds, position_ids)
-        attention = dict(attention_mask=attention_mask, position_embeddings=rotary, position_ids=position_ids, **kwargs)
+            hidden_states = self.input_norm(embeds)
+            rotary = self.rotary_emb(embeds, positions)
+        attention = dict(attention_mask=attention_mask, position_embeddings=rotary, position_ids=positions, **kwargs)
         for layer in self.prelude:
             hidden_states = layer(hidden_states, past_key_values=past_key_values, **attention)
         slots = None
@@ -208,7 +211,8 @@ class RevDEQModel(RevDEQPreTrainedModel):
             solver_residual=solution.residual,
         )
 
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _embed(self, input_ids: torch.Tensor | None) -> torch.Tensor:
+        assert input_ids is not None
         if input_ids.device.type == "cpu" and input_ids.numel():  # elsewhere the look would make the host wait
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.config.vocab_size:
@@ -231,7 +235,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
         config = self.config
         if config.tol is not None:
             if cache is not None and cache.get_seq_length():
-                raise ValueError("with config.tol the evaluations of a token are not known in advance, so no cache is kept; pass use_cache=False")
+                raise ValueError(
+                    "with config.tol the evaluations of a token are not known in advance, so no cache is kept; pass use_cache=False"
+                )
             return None
         # training would fill the cache with every evaluation's graph
         if cache is None and use_cache and not torch.is_grad_enabled():

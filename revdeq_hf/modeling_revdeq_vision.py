@@ -120,20 +120,23 @@ class RevDEQVisionModel(RevDEQVisionPreTrainedModel):
         config = self.config
         if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
             got = None if pixel_values is None else tuple(pixel_values.shape)
-            raise ValueError(f"pixel_values must be (batch, {config.num_channels} channels, height, width), got {got}; see config.num_channels")
+            raise ValueError(
+                f"pixel_values must be (batch, {config.num_channels} channels, height, width), got {got}; see config.num_channels"
+            )
         steps = config.steps_per_stage if max_steps is None else max_steps
         steps = [steps] * len(self.stages) if isinstance(steps, int) else list(steps)
         if len(steps) != len(self.stages):
             raise ValueError(f"max_steps must be a number or one per stage ({len(self.stages)}), got {steps}")
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
-        hidden_states = self.stem(pixel_values.to(self.stem[0].weight.dtype))
+        dtype = self.dtype
+        hidden_states = self.stem(pixel_values.to(dtype))
         maps, taken, residuals = [], [], []
         for index, stage in enumerate(self.stages):
             if index:
                 hidden_states = self.downsamples[index - 1](hidden_states)
             # x sets the dtype of the state: autocast's half precision is for the block's insides only
-            hidden_states = hidden_states.to(self.stem[0].weight.dtype)
+            hidden_states = hidden_states.to(dtype)
             solution = stage(hidden_states, max_steps=check_steps(steps[index]))
             hidden_states = hidden_states + solution.z
             maps.append(hidden_states)

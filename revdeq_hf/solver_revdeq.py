@@ -157,51 +157,62 @@ class Digits:
     def __init__(self) -> None:
         self.words: list[torch.Tensor] = []  # the last one is in use, the others are full
         self._bounds: list[int] = []  # for each word: the values of active rows are below this
-        self._history: list[tuple[int, int]] = []  # for each call: the top word's bound before it, the part of the base put there
+        self._history: list[
+            tuple[int, int, int]
+        ] = []  # for each call: second word's bound or 0, first word's bound before it, its part of the base
 
     def push(self, digit: torch.Tensor, base: int, active: torch.Tensor | None = None) -> None:
         """Puts a digit in [0, base) on top; one that does not fit into the top word is split between it and a new one."""
-        room = (2**63 - 1) // self._bounds[-1] if self.words else 1
-        self._history.append((self._bounds[-1] if self.words else 0, min(room, base)))
-        if room < base:
-            digit, low = divide(digit, room)
-        else:
-            low = digit
-        if self.words:
-            filled = min(room, base)
-            self.words[-1] = choose(active, self.words[-1] * filled + low, self.words[-1])
-            self._bounds[-1] *= filled
-        if room < base:
-            self.words.append(choose(active, digit, torch.zeros_like(digit)))
-            self._bounds.append(-(-base // room))
+        if not self.words:
+            self.words, self._bounds = [torch.zeros_like(digit)], [1]
+        bound = self._bounds[-1]
+        part = min(base, (2**63 - 1) // bound)  # as much of the digit as the top word has room for
+        high, low = divide(digit, part) if part < base else (digit, digit)
+        self._history.append((-(-base // part) if part < base else 0, bound, part))
+        self.words[-1] = choose(active, self.words[-1] * part + low, self.words[-1])
+        self._bounds[-1] *= part
+        if part < base:
+            self.words.append(choose(active, high, torch.zeros_like(high)))
+            self._bounds.append(-(-base // part))
 
-    def undo_push(self, base: int, active: torch.Tensor | None = None) -> torch.Tensor:
+    def undo_push(self, active: torch.Tensor | None = None) -> torch.Tensor:
         """Takes back the digit of the last `push`; what it returns for rows that are not active has no meaning."""
-        bound, filled = self._history.pop()
+        split, bound, part = self._history.pop()
         high: torch.Tensor | int = 0
-        if filled < base:
-            self._bounds.pop()
+        if split:
             high = self.words.pop()
-        if not bound:
-            assert isinstance(high, torch.Tensor)  # the first word of all
-            return high
-        self._bounds[-1] = bound
-        rest, low = divide(self.words[-1], filled)
+            self._bounds.pop()
+        rest, low = divide(self.words[-1], part)
         self.words[-1] = choose(active, rest, self.words[-1])
-        return high * filled + low
+        self._bounds[-1] = bound
+        if not self._history:
+            self.words, self._bounds = [], []  # as before the first push
+        return low + high * part
 
     def pop(self, base: int, active: torch.Tensor | None = None) -> torch.Tensor:
-        """Takes a digit in [0, base) from the top word, which must exist."""
-        self._history.append((self._bounds[-1], base))
-        rest, digit = divide(self.words[-1], base)
+        """Takes a digit in [0, base) from the top, which must hold one; a top word of fewer values is used up and the next one gives the rest."""
+        top = self._bounds[-1]
+        both = active is None and top < base and len(self.words) > 1
+        part = base // top if both else base
+        high: torch.Tensor | int = 0
+        if both:
+            high = self.words.pop()
+            self._bounds.pop()
+        self._history.append((top if both else 0, self._bounds[-1], part))
+        rest, low = divide(self.words[-1], part)
         self.words[-1] = choose(active, rest, self.words[-1])
-        self._bounds[-1] = -(-self._bounds[-1] // base)
-        return digit
+        self._bounds[-1] = -(-self._bounds[-1] // part)
+        return low + high * part
 
-    def undo_pop(self, digit: torch.Tensor, base: int, active: torch.Tensor | None = None) -> None:
+    def undo_pop(self, digit: torch.Tensor, active: torch.Tensor | None = None) -> None:
         """Puts back the digit of the last `pop`."""
-        self.words[-1] = choose(active, self.words[-1] * base + digit, self.words[-1])
-        self._bounds[-1] = self._history.pop()[0]
+        top, bound, part = self._history.pop()
+        high, low = divide(digit, part) if top else (digit, digit)
+        self.words[-1] = choose(active, self.words[-1] * part + low, self.words[-1])
+        self._bounds[-1] = bound
+        if top:
+            self.words.append(high)
+            self._bounds.append(top)
 
     def packing(self) -> "Digits":
         """How the digits are packed, without the words."""
@@ -286,8 +297,8 @@ class ExactState:
         whole = self.integers * sign
         if give != 1:
             whole, digit = divide(whole, give)
-            self.digits.undo_pop(digit, give, active)
-        self.integers = choose(active, whole * take + self.digits.undo_push(take, active), self.integers)
+            self.digits.undo_pop(digit, active)
+        self.integers = choose(active, whole * take + self.digits.undo_push(active), self.integers)
 
     def _bases(self) -> tuple[int, int, int]:
         start = self.resolution.scale(0)  # negative for beta > 1 and odd K

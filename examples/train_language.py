@@ -1,0 +1,403 @@
+#!/usr/bin/env python
+"""Trains, evaluates, samples and saves a reversible equilibrium language model with transformers' Trainer.
+
+Without any argument the corpus is the source text of Python's own standard library, so nothing is downloaded:
+
+    python examples/train_language.py
+
+Any data set of the Hub, or local files, take its place (`--help` lists every flag, those of TrainingArguments among them):
+
+    python examples/train_language.py --dataset_name Salesforce/wikitext --dataset_config wikitext-103-raw-v1 --tokenizer_name gpt2
+    python examples/train_language.py --train_file train.txt --validation_file valid.txt --test_file test.txt
+
+The output folder holds the model, the tokenizer, `results.json` and `training.png`. An interrupted run goes on with
+`--resume_from_checkpoint true`.
+"""
+
+import hashlib
+import json
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
+from revdeq_hf.training import (
+    RevDEQCallback,
+    TextScores,
+    checkpoint_to_resume,
+    fixed_point_layers,
+    peak_memory,
+    plot_training,
+    print_table,
+    residual_curve,
+    text_size,
+    unigram_scores,
+)
+
+END_OF_TEXT = "<|endoftext|>"
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model to go on from, instead of a new one."})
+    block_type: str = field(default="modern", metadata={"help": "Block of a new model: modern or paper."})
+    hidden_size: int = field(default=256, metadata={"help": "Width of the state."})
+    intermediate_size: int = field(default=768, metadata={"help": "Width of the MLP's hidden layer(s)."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
+    num_key_value_heads: int | None = field(default=None, metadata={"help": "Key-value heads; as many as heads by default."})
+    num_block_layers: int = field(default=1, metadata={"help": "Transformer layers in one evaluation of the block."})
+    beta: float = field(default=0.5, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1."})
+    solver_steps: int = field(default=3, metadata={"help": "Steps of a solve, two evaluations of the block each (config.max_steps)."})
+    tol: float | None = field(default=None, metadata={"help": "Relative residual at which an example stops; always all steps by default."})
+    gradient: str = field(default="reversible", metadata={"help": "Gradient mode: reversible, checkpoint or backprop."})
+    keep_evaluations: int = field(default=1, metadata={"help": "Evaluations whose graphs are kept for the backward pass."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout inside the block."})
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "Share the embedding's weights with the head."})
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub or a local folder, as `datasets` loads it."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_file: str | None = field(default=None, metadata={"help": "Text, csv, json or parquet file to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "File to validate on; default: a twentieth of the training rows."})
+    test_file: str | None = field(default=None, metadata={"help": "File to test on; default: the validation rows."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "A saved tokenizer; by default a byte-level BPE is trained."})
+    vocab_size: int = field(default=4096, metadata={"help": "Size of a tokenizer trained here."})
+    block_size: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
+    max_train_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows of the training split."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows of the other splits."})
+    preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes for tokenising."})
+    prompt: str = field(default="def read_", metadata={"help": "Beginning of the text sampled at the end."})
+    sample_tokens: int = field(default=120, metadata={"help": "Tokens to sample at the end."})
+
+
+@dataclass
+class LanguageTrainingArguments(TrainingArguments):
+    output_dir: str = field(default="runs/language", metadata={"help": "Folder for the model, checkpoints, results and figure."})
+    max_steps: int = field(default=360, metadata={"help": "Updates to train for; -1: num_train_epochs decide."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Sequences per device and micro-batch."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Sequences per device in evaluation."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Updates of linear warm-up, or their share of all if below 1."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    logging_steps: float = field(default=25, metadata={"help": "Updates between logs."})
+    eval_strategy: str = field(default="no", metadata={"help": "no, steps or epoch."})
+    save_steps: float = field(default=120, metadata={"help": "Updates between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    dataloader_pin_memory: bool = field(default=torch.accelerator.is_available(), metadata={"help": "Pin host memory for faster copies."})
+
+
+def standard_library_rows(split: str, version: str, folder: str) -> Iterator[dict[str, str]]:
+    """Files of Python's standard library, without its tests and tables. A hash of the text decides the split: equal files are in the same one."""
+    del version  # part of the cache key
+    for path in sorted(Path(folder).rglob("*.py")):
+        parts = path.relative_to(folder).parts
+        if {"test", "tests", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3"} & set(parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a handful of files in other encodings
+        bucket = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:4], "big") % 20
+        if text and split == {0: "test", 1: "validation"}.get(bucket, "train"):
+            yield {"text": text, "path": "/".join(parts)}
+
+
+def load_text(data: DataArguments) -> datasets.DatasetDict:
+    """The three splits as rows of text.
+
+    Raises:
+        FileNotFoundError: a named file is missing.
+        ValueError: the text column or the training split is missing, or a split holds no text.
+    """
+    files = {split: getattr(data, f"{split}_file") for split in SPLITS if getattr(data, f"{split}_file")}
+    if data.dataset_name and files:
+        raise ValueError("give either --dataset_name or --train_file, not both")
+    if files and "train" not in files:
+        raise ValueError(f"--train_file is missing, got only {', '.join(f'--{split}_file' for split in files)}")
+    if data.dataset_name:
+        loaded = datasets.load_dataset(data.dataset_name, data.dataset_config)
+    elif files:
+        for split, name in files.items():
+            if not Path(name).is_file():
+                raise FileNotFoundError(f"--{split}_file: there is no file {name!r}")
+        kind = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(files["train"]).suffix, "text")
+        loaded = datasets.load_dataset(kind, data_files=files, **({"keep_linebreaks": True} if kind == "text" else {}))
+    else:
+        folder = sysconfig.get_path("stdlib")
+        loaded = datasets.DatasetDict(
+            {
+                split: datasets.Dataset.from_generator(
+                    standard_library_rows, gen_kwargs={"split": split, "version": sys.version, "folder": folder}
+                )
+                for split in SPLITS
+            }
+        )
+    if "train" not in loaded:
+        raise ValueError(f"the data set has no split 'train', got {', '.join(loaded)}")
+    if "validation" not in loaded:
+        halves = loaded["train"].train_test_split(test_size=0.05, seed=0)
+        loaded["train"], loaded["validation"] = halves["train"], halves["test"]
+    if "test" not in loaded:
+        loaded["test"] = loaded["validation"]
+    for split in SPLITS:
+        if data.text_column not in loaded[split].column_names:
+            raise ValueError(
+                f"no column {data.text_column!r} in split {split!r}, which has {loaded[split].column_names}; see --text_column"
+            )
+        limit = data.max_train_rows if split == "train" else data.max_eval_rows
+        if limit is not None:
+            loaded[split] = loaded[split].select(range(min(limit, len(loaded[split]))))
+        if not any(text and text.strip() for text in loaded[split][data.text_column]):
+            raise ValueError(f"split {split!r} holds no text in column {data.text_column!r}")
+    return datasets.DatasetDict({split: loaded[split] for split in SPLITS})
+
+
+def train_tokenizer(rows: datasets.Dataset, column: str, vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: every text is represented, and decoding gives it back."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=True
+    )
+    tokenizer.train_from_iterator((row[column] for row in rows), trainer, length=len(rows))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def pack(
+    rows: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataArguments, separate: bool
+) -> tuple[datasets.DatasetDict, datasets.DatasetDict]:
+    """Token ids, and sequences of `block_size` of them in which every token is predicted once.
+
+    A sequence begins with the last token of the one before, its context; the first with the end-of-text token. The last one of a batch of rows is
+    dropped in training and filled up in the other splits, where labels of -100 do not count. With `separate` each row ends with the end-of-text token.
+    """
+    size, end = data.block_size, tokenizer.eos_token_id
+
+    def tokenize(batch: dict) -> dict:
+        ids = tokenizer([text or "" for text in batch[data.text_column]], add_special_tokens=False, return_attention_mask=False)[
+            "input_ids"
+        ]
+        return {"input_ids": [[*row, end] for row in ids] if separate else ids}
+
+    def cut(batch: dict, fill: bool) -> dict:
+        stream = [end, *(token for row in batch["input_ids"] for token in row)]
+        starts = range(0, len(stream) - 1, size - 1)
+        blocks = [stream[start : start + size] for start in starts]
+        blocks = [block for block in blocks if fill or len(block) == size]
+        return {
+            "input_ids": [block + [end] * (size - len(block)) for block in blocks],
+            "labels": [block + [-100] * (size - len(block)) for block in blocks],
+        }
+
+    tokenize({data.text_column: ["warm"]})  # a fast tokenizer's first call changes its state, and with it the cache key of map
+    ids, blocks = datasets.DatasetDict(), datasets.DatasetDict()
+    for split in SPLITS:
+        ids[split] = rows[split].map(
+            tokenize,
+            batched=True,
+            remove_columns=rows[split].column_names,
+            num_proc=data.preprocessing_workers,
+            desc=f"Tokenising {split}",
+        )
+        blocks[split] = ids[split].map(
+            cut,
+            batched=True,
+            batch_size=10_000,
+            fn_kwargs={"fill": split != "train"},
+            num_proc=data.preprocessing_workers,
+            desc=f"Packing {split}",
+        )
+    if not len(blocks["train"]):
+        raise ValueError(f"the training text is shorter than one sequence of --block_size {size} tokens")
+    return ids, blocks
+
+
+def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.nn.Module:
+    if options.model_name_or_path:
+        return AutoModelForCausalLM.from_pretrained(options.model_name_or_path)
+    config = RevDEQConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_attention_heads=options.num_attention_heads,
+        num_key_value_heads=options.num_key_value_heads,
+        num_block_layers=options.num_block_layers,
+        max_position_embeddings=block_size,
+        hidden_act="silu" if options.block_type == "modern" else "gelu_pytorch_tanh",
+        block_type=options.block_type,
+        beta=options.beta,
+        max_steps=options.solver_steps,
+        tol=options.tol,
+        gradient=options.gradient,
+        keep_evaluations=options.keep_evaluations,
+        attention_dropout=options.dropout,
+        hidden_dropout=options.dropout,
+        tie_word_embeddings=options.tie_word_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return RevDEQForCausalLM(config)
+
+
+class Scorer:
+    """Trainer's metrics through `TextScores`; `size` holds words and bytes of the split at hand."""
+
+    def __init__(self, size: dict[str, int]) -> None:
+        self.size = size
+        self.metric = TextScores()
+
+    @staticmethod
+    def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Losses in nats, (batch, seq - 1), so that Trainer need not gather all logits."""
+        return torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+
+    def __call__(self, prediction) -> dict[str, float]:
+        counted = prediction.label_ids[:, 1:] != -100
+        return self.metric.compute(predictions=prediction.predictions[counted].astype("float64"), **self.size)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, LanguageTrainingArguments), description=__doc__.split("\n\n")[0] if __doc__ else None
+    )
+    options, data, training = parser.parse_args_into_dataclasses(args=arguments)
+    if data.block_size < 2:
+        raise ValueError(f"--block_size must be at least 2, got {data.block_size}")
+    resume = checkpoint_to_resume(training)
+    set_seed(training.seed)
+    began = time.perf_counter()
+
+    with training.main_process_first(desc="preparing the data"):
+        rows = load_text(data)
+        if data.tokenizer_name or options.model_name_or_path:
+            tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_name or options.model_name_or_path)
+        else:
+            tokenizer = train_tokenizer(rows["train"], data.text_column, data.vocab_size)
+        own_rows_are_files = data.dataset_name is None and data.train_file is None
+        ids, blocks = pack(rows, tokenizer, data, separate=own_rows_are_files)
+    sizes = {split: text_size(rows[split][data.text_column]) for split in ("validation", "test")}
+    unigram = unigram_scores(ids["train"]["input_ids"], ids["test"]["input_ids"], len(tokenizer), **sizes["test"])
+
+    model: Any = build_model(options, tokenizer, data.block_size)
+    scorer = Scorer(sizes["validation"])
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["validation"],
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        compute_metrics=scorer,
+        preprocess_logits_for_metrics=Scorer.token_losses,
+    )
+    trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
+
+    before = trainer.evaluate(metric_key_prefix="before") if resume is None else {}
+    trained = trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    trainer.save_state()
+    after = trainer.evaluate()
+    scorer.size = sizes["test"]
+    test = trainer.evaluate(blocks["test"], metric_key_prefix="test")
+
+    history = trainer.state.log_history
+    drifts = [entry["drift"] for entry in history if "drift" in entry]
+    results = {
+        "parameters": model.num_parameters(),
+        "train_tokens": len(blocks["train"]) * data.block_size,
+        "updates": trainer.state.global_step,
+        "validation_loss_before": before.get("before_loss"),
+        "validation_loss": after["eval_loss"],
+        "test": {key.removeprefix("test_"): value for key, value in test.items()},
+        "test_unigram": unigram,
+        "greatest_drift": max(drifts) if drifts else None,
+        "train_seconds": trained.metrics["train_runtime"],
+        "seconds": time.perf_counter() - began,
+        "peak_memory_bytes": peak_memory(),
+    }
+    if not trainer.is_world_process_zero():
+        return results
+    report(results, trainer, tokenizer, data, blocks["test"][0]["input_ids"])
+    return results
+
+
+def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, data: DataArguments, ids: list[int]) -> None:
+    """Writes results.json and training.png to the output folder, prints a sample and the table."""
+    folder = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    layers = fixed_point_layers(model)
+    if layers:
+        steps = int(layers[0][1].max_steps)
+        curve = residual_curve(model, {"input_ids": torch.tensor([ids], device=model.device)}, 4 * steps)
+        plot_training(trainer.state.log_history, curve, steps, folder / "training.png")
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+    model.eval()
+    prompt = tokenizer(data.prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    if data.sample_tokens and prompt["input_ids"].numel():
+        set_seed(trainer.args.seed)
+        out = model.generate(
+            input_ids=prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            max_new_tokens=data.sample_tokens,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.95,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        print(f"\n--- a sample ---\n{tokenizer.decode(out[0], skip_special_tokens=True)}\n---")
+    test, unigram = results["test"], results["test_unigram"]
+    print_table(
+        ["on the test split", "this model", "unigram model"],
+        [
+            ["loss (nats per token)", test["loss"], unigram["loss"]],
+            ["perplexity per token", test["perplexity"], unigram["perplexity"]],
+            ["perplexity per word", test["word_perplexity"], unigram["word_perplexity"]],
+            ["bits per byte", test["bits_per_byte"], unigram["bits_per_byte"]],
+        ],
+    )
+    print_table(
+        ["the run", ""],
+        [
+            ["parameters", results["parameters"]],
+            ["updates", results["updates"]],
+            ["validation loss before", results["validation_loss_before"]],
+            ["validation loss after", results["validation_loss"]],
+            ["greatest drift", results["greatest_drift"]],
+            ["seconds of training", results["train_seconds"]],
+            ["seconds in all", results["seconds"]],
+            ["peak memory (MB)", results["peak_memory_bytes"] and results["peak_memory_bytes"] / 1e6],
+            ["saved in", str(folder)],
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

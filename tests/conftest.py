@@ -1,0 +1,106 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SHARED = Path(__file__).parents[2] / "shared"  # material that a clone does not have
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+class AttentionBlock(nn.Module):
+    """A small transformer layer on z + x; `scale` adds a context tensor; `dropout` of two kinds."""
+
+    def __init__(self, width: int = 16, heads: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.calls = 0
+
+    def forward(self, z, x, context=None, shift=None):
+        self.calls += 1
+        u = z + x if context is None else z + x * context
+        batch, length, width = u.shape
+        q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm(u)).chunk(3, -1))
+        dropout = self.dropout if self.training else 0.0
+        h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        h = x + self.out(h.transpose(1, 2).reshape(batch, length, width))
+        f = h + nn.functional.dropout(self.down(nn.functional.gelu(self.up(self.norm2(h)))), dropout)
+        return f if shift is None else f + shift
+
+
+class ConvBlock(nn.Module):
+    """GroupNorm and a 3x3 convolution on odd image sizes."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(2, channels)
+        self.calls = 0
+
+    def forward(self, z, x):
+        self.calls += 1
+        return self.norm(torch.relu(self.conv(z)) + x)
+
+
+class TupleBlock(nn.Module):
+    """Two states of other shapes that depend on one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 5), nn.Linear(5, 8)
+        self.calls = 0
+
+    def forward(self, z, x):
+        self.calls += 1
+        wide, narrow = z
+        return torch.tanh(self.b(narrow) + x[0]), torch.tanh(self.a(wide) + x[1])
+
+
+def make_block(kind: str, **kwargs):
+    """A block and its inputs x (with gradients)."""
+    torch.manual_seed(0)
+    if kind == "attention":
+        return AttentionBlock(**kwargs), torch.randn(3, 7, 16, requires_grad=True)
+    if kind == "convolution":
+        return ConvBlock(), torch.randn(3, 8, 5, 7, requires_grad=True)
+    return TupleBlock(), (torch.randn(3, 8, requires_grad=True), torch.randn(3, 5, requires_grad=True))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made while it is on: those still alive, and the most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        self.peak = max(self.peak, self.alive())
+        return out
+
+    def alive(self) -> int:
+        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
+        return sum(self.storages.values())
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

@@ -1,0 +1,287 @@
+"""The language model: gradients, save and load, generation, padding, and errors."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import relative_error
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, pipeline
+
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQModel
+
+SMALL = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_position_embeddings=64, max_steps=3)
+
+
+def small(**kwargs) -> RevDEQForCausalLM:
+    torch.manual_seed(0)
+    settings = {**SMALL, **kwargs}
+    if settings.get("block_type") != "paper":
+        settings.setdefault("num_key_value_heads", 2)
+    model = RevDEQForCausalLM(RevDEQConfig(**settings))
+    with torch.no_grad():  # untrained, the model hardly depends on its input: make wrong positions or masks visible
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4 if settings.get("block_type") != "paper" else 1)
+    return model.eval()
+
+
+VARIANTS = [
+    dict(),
+    dict(block_type="paper"),
+    dict(num_block_layers=2, tie_word_embeddings=True, beta=0.8),
+    dict(num_prelude_layers=1, num_coda_layers=1),
+]
+IDS = torch.randint(0, 67, (2, 11), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_modes_agree_on_the_whole_model(variant, autocast):
+    gradients, losses = {}, {}
+    for mode in ("reversible", "checkpoint", "backprop"):
+        model = small(**variant, gradient=mode, attention_dropout=0.1, hidden_dropout=0.1).train()
+        torch.manual_seed(7)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        losses[mode] = loss.item()
+        gradients[mode] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients[mode].values())
+        assert model.model.solve.drift == 0
+    assert len(set(losses.values())) == 1
+    for mode in ("reversible", "checkpoint"):
+        for name, gradient in gradients[mode].items():
+            if not name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is rounding noise around 0
+                assert relative_error(gradient, gradients["backprop"][name]) < (5e-3 if autocast else 2e-6), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_save_and_load_give_the_same_logits_in_another_process(variant, tmp_path):
+    model = small(**variant)
+    model.save_pretrained(tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} <= {".json", ".safetensors"}
+    assert isinstance(AutoModel.from_pretrained(tmp_path), RevDEQModel)
+    assert AutoConfig.from_pretrained(tmp_path).max_steps == 3
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        expected = model(IDS).logits
+        assert torch.equal(loaded.eval()(IDS).logits, expected)
+    code = (
+        "import sys, torch, revdeq_hf; from transformers import AutoModelForCausalLM; torch.set_num_threads(int(sys.argv[2]));"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval();"
+        f"print('LOGITS', m(torch.tensor({IDS.tolist()})).logits.double().flatten().tolist())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads())]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    other = json.loads(next(line for line in out.splitlines() if line.startswith("LOGITS")).removeprefix("LOGITS "))
+    assert torch.equal(torch.tensor(other, dtype=torch.float64), expected.double().flatten())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_law_6_cache_equals_no_cache_on_a_left_padded_batch(variant, cache):
+    model = small(**variant)
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[0, :4], mask[0, :4] = 0, 0
+    settings = dict(
+        attention_mask=mask, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+    )
+    plain = model.generate(ids, use_cache=False, **settings)
+    cached = model.generate(ids, cache_implementation=cache, disable_compile=True, **settings)
+    assert torch.equal(plain.sequences, cached.sequences)
+    torch.testing.assert_close(torch.stack(plain.logits), torch.stack(cached.logits), rtol=0, atol=1e-5)
+    alone = model.generate(ids[:1, 4:], **{**settings, "attention_mask": mask[:1, 4:]})
+    assert torch.equal(alone.sequences[0], cached.sequences[0, 4:])
+    beams = {flag: model.generate(ids, num_beams=3, use_cache=flag, **settings).sequences for flag in (True, False)}
+    assert torch.equal(beams[True], beams[False])
+    longer = {flag: model.generate(ids, max_steps=5, use_cache=flag, **settings) for flag in (True, False)}
+    assert torch.equal(longer[True].sequences, longer[False].sequences)
+    assert not torch.equal(torch.stack(longer[True].logits), torch.stack(cached.logits))
+    assert model.config.max_steps == 3
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_law_6_two_segments_equal_one_and_padding_changes_nothing(variant):
+    model = small(**variant)
+    with torch.no_grad():
+        whole = model(IDS).logits
+        cache = DynamicCache(config=model.config)
+        parts = [model(IDS[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 4), (4, 5), (5, 11))]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
+        right = torch.cat([IDS, torch.zeros(2, 5, dtype=torch.long)], 1)
+        mask = (torch.arange(16) < 11).long().expand(2, -1)
+        torch.testing.assert_close(model(right, attention_mask=mask).logits[:, :11], whole, rtol=0, atol=1e-5)
+        left = torch.cat([torch.zeros(2, 5, dtype=torch.long), IDS], 1)
+        positions = torch.cat([torch.zeros(5, dtype=torch.long), torch.arange(11)]).expand(2, -1)
+        got = model(left, attention_mask=mask.flip(1), position_ids=positions).logits[:, 5:]
+        torch.testing.assert_close(got, whole, rtol=0, atol=1e-5)
+        assert got.isfinite().all()
+        torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(IDS)).logits, whole, rtol=0, atol=0)
+        torch.testing.assert_close(model(IDS, logits_to_keep=2).logits, whole[:, -2:], rtol=0, atol=1e-6)
+
+
+def test_attention_kernels_agree():
+    logits = []
+    for name in ("eager", "sdpa"):
+        model = small(attn_implementation=name)
+        assert model.config._attn_implementation == name
+        logits.append(model(IDS).logits)
+        logits[-1].sum().backward()
+        assert model.model.solve.drift == 0
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_a_cache_of_other_steps_is_refused_before_anything_is_written():
+    model = small()
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+        before = [layer.keys.clone() for layer in cache.layers]
+        for steps in (2, 4):
+            with pytest.raises(ValueError, match="slots"):
+                model(IDS[:, :1], past_key_values=cache, max_steps=steps)
+        assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers, strict=True))
+        assert len(cache.layers) == model.config.num_hidden_layers == 6
+        made_elsewhere = DynamicCache()  # without a config, slots appear as they are used
+        torch.testing.assert_close(model(IDS, past_key_values=made_elsewhere).logits, model(IDS).logits)
+
+
+def test_training_keeps_no_cache_and_a_cache_given_with_gradients_is_exact():
+    model = small()
+    assert model(IDS, use_cache=True).past_key_values is None
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS[:, :5], past_key_values=cache)
+    model(IDS[:, 5:], past_key_values=cache).logits.sum().backward()
+    assert cache.get_seq_length() == 11
+
+
+def test_with_tol_each_example_stops_and_generation_runs_without_a_cache():
+    model = small(tol=1e-2, max_steps=40)
+    out = model(IDS, output_solver_stats=True)
+    assert (out.solver_residual <= 1e-2).all()
+    assert (out.solver_steps < 40).all()
+    assert model(IDS).solver_steps is None
+    out.logits.sum().backward()
+    assert model.model.solve.drift == 0
+    generated = model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape == (2, 15)
+    with torch.no_grad():
+        filled = small(max_steps=40)(IDS, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model(IDS[:, :1], past_key_values=filled)
+
+
+def test_hidden_states_and_attentions():
+    model = small(attn_implementation="eager")
+    out = model(IDS, output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1
+    assert len(out.attentions) == model.config.num_hidden_layers
+    out.hidden_states[2].retain_grad()
+    out.logits.sum().backward()
+    assert out.hidden_states[2].grad.abs().sum() > 0
+
+
+def test_loss_counts_items_and_shifts_labels():
+    model = small()
+    logits = model(IDS).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    torch.testing.assert_close(model(IDS, labels=IDS).loss, expected)
+    torch.testing.assert_close(model(IDS, labels=IDS, num_items_in_batch=40).loss, expected * 20 / 40)
+
+
+def test_label_smoothing_of_trainer_shifts_labels():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["revdeq"] == "RevDEQForCausalLM"
+
+
+def test_pipeline(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(67)}, unk_token="w0"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0", eos_token="w1", pad_token="w1")
+    small().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path))
+    out = generate(["w3 w4", "w5 w6 w7"], max_new_tokens=5, do_sample=False, batch_size=2)
+    assert all(text[0]["generated_text"].startswith("w") for text in out)
+
+
+def test_presets_and_counts():
+    assert RevDEQForCausalLM(RevDEQConfig.paper_wikitext103()).num_parameters() == 94_138_368
+    config = RevDEQConfig.paper_wikitext103(max_steps=12)
+    assert (config.max_steps, config.num_hidden_layers, config.beta, config.tol) == (12, 24, 0.5, 1e-3)
+    config.num_hidden_layers = 6
+    assert config.max_steps == 3
+    with pytest.raises(ValueError, match="set max_steps instead"):
+        config.num_hidden_layers = 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(beta=1), "must not be 1"),
+        (dict(beta=2.5), r"\(0, 2\)"),
+        (dict(max_steps=-1), "max_steps"),
+        (dict(tol=-1.0), "tol"),
+        (dict(gradient="exact"), "gradient must be one of"),
+        (dict(solver="newton"), "solver must be one of"),
+        (dict(block_type="deep"), "block_type must be one of"),
+        (dict(kv_cache="none"), "kv_cache must be one of"),
+        (dict(num_attention_heads=5), "num_attention_heads must divide"),
+        (dict(num_key_value_heads=3), "num_key_value_heads must divide"),
+        (dict(hidden_size=12), "even head size"),
+        (dict(hidden_dropout=1.0), "hidden_dropout"),
+        (dict(vocab_size=0), "vocab_size"),
+        (dict(vocab_size="many"), "vocab_size"),
+        (dict(num_hidden_layers=7), "set max_steps or num_block_layers"),
+    ],
+    ids=str,
+)
+def test_unusable_configs_are_refused(settings, message):
+    with pytest.raises(Exception, match=message) as error:
+        RevDEQConfig(**{**SMALL, **settings})
+    assert "Validation" in type(error.value).__name__ or isinstance(error.value, ValueError)
+
+
+def test_a_config_broken_by_assignment_is_refused_by_the_model():
+    config = RevDEQConfig(**SMALL)
+    config.beta = 1
+    with pytest.raises(Exception, match="must not be 1"):
+        RevDEQForCausalLM(config)
+
+
+def test_bad_inputs_are_told():
+    model = small()
+    with pytest.raises(ValueError, match=r"\[0, 67\), got 0 to 67"):
+        model(torch.tensor([[0, 67]]))
+    with pytest.raises(ValueError, match="got -1 to 3"):
+        model(torch.tensor([[-1, 3]]))
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+    with pytest.raises(ValueError, match="exactly one"):
+        model(IDS, inputs_embeds=torch.zeros(2, 11, 32))
+    with pytest.raises(ValueError, match=r"\(batch, seq, 32\)"):
+        model(inputs_embeds=torch.zeros(2, 11, 31))
+    with pytest.raises(ValueError, match="max_steps"):
+        model(IDS, max_steps=0)
+    paper = small(block_type="paper")
+    with pytest.raises(ValueError, match="64 tokens"):
+        paper(torch.zeros(1, 65, dtype=torch.long))
+    small()(torch.zeros(1, 65, dtype=torch.long))  # rotary positions go on
+
+
+def test_a_nan_in_the_weights_comes_out_as_a_nan():
+    model = small()
+    with torch.no_grad():
+        model.model.solve.block.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    out = model(IDS, labels=IDS)
+    assert out.loss.isnan()
+    assert (model.model.solve.statistics.nonfinite > 0).all()

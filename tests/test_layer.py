@@ -1,0 +1,471 @@
+"""The laws of the fixed-point layer (exactness, cost, memory, honesty) at small sizes."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from conftest import AttentionBlock, LiveBytes, make_block, relative_error
+from torch import nn
+
+from revdeq_hf import DriftError, ReversibleFixedPoint
+
+BETAS = [0.3, 0.5, 0.7, 0.75, 0.8, 0.9, 1.2, 1.5]
+STEPS = [1, 4, 13, 40]  # 40 is past the bits of one segment for every beta
+PRECISIONS = ["float32", "bfloat16 autocast", "bfloat16", "float16", "float64"]
+
+
+def run(kind, gradient, beta=0.8, steps=4, precision="float32", dropout=0.0, start=False, loss_scale=1.0, training=True, **layer_kwargs):
+    """One training step; returns the solution, the layer, and the gradients of parameters, x and z0."""
+    block, x = make_block(kind, **({"dropout": dropout} if dropout else {}))
+    parts = x if isinstance(x, tuple) else (x,)
+    autocast = precision.endswith("autocast")
+    if not autocast:
+        dtype = getattr(torch, precision)
+        block.to(dtype)
+        parts = tuple(part.detach().to(dtype).requires_grad_() for part in parts)
+    z0 = tuple(torch.randn_like(part).requires_grad_() for part in parts) if start else None
+    block.train(training)
+    layer = ReversibleFixedPoint(block, beta=beta, max_steps=steps, gradient=gradient, **layer_kwargs)
+    torch.manual_seed(1)
+    single = not isinstance(x, tuple)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        solution = layer(parts[0] if single else parts, z0=None if z0 is None else (z0[0] if single else z0))
+    forward_calls = block.calls
+    z = (solution.z,) if single else solution.z
+    loss = sum((part.float() * torch.linspace(-1, 1, part.shape[-1])).sum() for part in z) * loss_scale
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in block.named_parameters()}
+    gradients.update({f"x{i}": part.grad for i, part in enumerate(parts)})
+    gradients.update({f"z0{i}": part.grad for i, part in enumerate(z0 or ())})
+    return solution, layer, gradients, (forward_calls, block.calls - forward_calls)
+
+
+ROUNDING = {"float32": 1e-6, "bfloat16 autocast": 1e-6, "bfloat16": 3e-2, "float16": 3e-3, "float64": 1e-14}
+
+
+def assert_same(a, b, precision="float32", bitwise=True):
+    """Outputs and parameter gradients equal in every bit; x, which a block may use twice in one evaluation, is summed up in another order."""
+    za, zb = (s.z if isinstance(s.z, tuple) else (s.z,) for s in (a[0], b[0]))
+    assert all(torch.equal(p, q) for p, q in zip(za, zb, strict=True)), "the modes computed other outputs"
+    assert torch.equal(a[0].steps, b[0].steps)
+    for name, gradient in a[2].items():
+        assert gradient is not None, f"no gradient for {name}"
+        assert gradient.abs().sum() > 0 or name.startswith("z0"), f"zero gradient for {name}"
+        tolerance = 0.0 if bitwise and name[:2] not in ("x0", "x1", "z0") else ROUNDING[precision]
+        assert relative_error(gradient.double(), b[2][name].double()) <= tolerance, name
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", ["attention", "convolution", "tuple"])
+def test_law_1_and_2_modes_agree_and_drift_is_zero(kind, precision):
+    """All betas and depths of a kind and precision; gradients add up in autograd's own order, so they are equal bit for bit."""
+    for beta in BETAS:
+        for steps in STEPS:
+            exact = run(kind, "reversible", beta, steps, precision, loss_scale=0.1)
+            stored = run(kind, "backprop", beta, steps, precision, loss_scale=0.1)
+            assert exact[1].drift.item() == 0.0, (beta, steps)
+            assert_same(exact, stored, precision)
+            if steps == 4:
+                assert_same(run(kind, "checkpoint", beta, steps, precision, loss_scale=0.1), stored, precision)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(dropout=0.3),
+        dict(dropout=0.3, precision="bfloat16 autocast"),
+        dict(training=False, dropout=0.3),
+        dict(start=True),
+        dict(tol=0.02, start=True, steps=30),
+        dict(tol=0.02, steps=70, beta=0.9),
+        dict(tol=1e-9, steps=30, precision="float64"),
+        dict(keep_evaluations=0),
+        dict(keep_evaluations=5),
+        dict(keep_evaluations=99),
+    ],
+    ids=str,
+)
+def test_law_1_and_2_under_every_setting(settings, gradient):
+    exact, stored = run("attention", gradient, **settings), run("attention", "backprop", **settings)
+    assert exact[1].drift.item() == 0.0
+    assert_same(exact, stored, settings.get("precision", "float32"), bitwise="tol" not in settings)
+
+
+def test_rows_that_stop_early_stop_at_different_steps():
+    """Otherwise the settings with tol above would prove little."""
+    solution, _, _, _ = run("attention", "reversible", tol=0.02, start=True, steps=30)
+    assert solution.steps.max() < 30
+    torch.manual_seed(0)
+    block = AttentionBlock()
+    x = torch.randn(4, 7, 16) * torch.tensor([0.01, 1.0, 3.0, 10.0])[:, None, None]
+    together = ReversibleFixedPoint(block, max_steps=50, tol=1e-3)(x)
+    assert len(set(together.steps.tolist())) > 1
+    assert (together.residual <= 1e-3).all()
+    for row in range(4):
+        alone = ReversibleFixedPoint(block, max_steps=50, tol=1e-3)(x[row : row + 1])
+        assert alone.steps.item() == together.steps[row].item()
+        torch.testing.assert_close(alone.z[0], together.z[row], rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_equal_finite_differences():
+    torch.manual_seed(0)
+    block = AttentionBlock(width=4, heads=1).double()
+    x, z0 = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for gradient in ("reversible", "checkpoint", "backprop"):
+        layer = ReversibleFixedPoint(block, beta=0.8, max_steps=6, gradient=gradient)
+        assert torch.autograd.gradcheck(lambda a, b, layer=layer: layer(a, z0=b).z, (x, z0), eps=1e-5, atol=1e-5, rtol=1e-3)
+
+
+def test_the_iteration_is_the_papers():
+    """Written out in floating point."""
+    block, x = make_block("attention")
+    x = x.detach().double()
+    block = block.double()
+    beta = 0.7
+    y = z = torch.zeros_like(x)
+    for _ in range(5):
+        y = (1 - beta) * y + beta * block(z, x)
+        z = (1 - beta) * z + beta * block(y, x)
+    torch.testing.assert_close(ReversibleFixedPoint(block, beta=beta, max_steps=5)(x).z, z, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "keep", "backward"),
+    [("reversible", 0, 16), ("reversible", 1, 15), ("reversible", 6, 10), ("checkpoint", 1, 15), ("backprop", 1, 0)],
+)
+def test_law_4_evaluations(gradient, keep, backward):
+    solution, _, _, calls = run("attention", gradient, steps=8, keep_evaluations=keep)
+    assert calls == (16, backward)
+    assert solution.evaluations == 16
+
+
+def live_bytes(gradient: str, steps: int, beta: float = 0.5, **settings) -> tuple[int, int]:
+    """Bytes held between the passes, and the peak of a whole training step."""
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, beta=beta, max_steps=steps, gradient=gradient, **settings)
+    with LiveBytes() as memory:
+        loss = layer(x).z.sum()
+        held = memory.alive()
+        loss.backward()
+    return held, memory.peak
+
+
+def test_law_3_memory_does_not_grow_with_the_steps():
+    state = 3 * 7 * 16 * 4  # bytes of one float32 state
+    held, peak = live_bytes("reversible", 4)
+    assert live_bytes("reversible", 27) == (held, peak), "27 steps at beta = 0.5 fit into 64 bits"
+    longer_held, longer_peak = live_bytes("reversible", 108)
+    words = 2 * state * 2 * -(-81 // 63)  # beyond it one bit per element and step, in words of 8 bytes, for y and z
+    assert longer_held - held == words
+    assert longer_peak - peak <= 2 * words
+    for other in ("checkpoint", "backprop"):
+        few, many = live_bytes(other, 4), live_bytes(other, 27)
+        assert many[0] - few[0] >= 2 * 23 * state, other
+        assert many[1] > peak, other
+
+
+def test_law_5_training_and_inference_compute_the_same():
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=5)
+    trained = layer(x).z
+    with torch.no_grad():
+        assert torch.equal(layer(x).z, trained)
+    assert torch.equal(layer.eval()(x).z, trained)
+    longer = layer(x, max_steps=9)
+    assert longer.steps.tolist() == [9, 9, 9]
+    assert len(longer.z) == 3
+
+
+def test_dropout_leaves_the_users_generator_alone_and_uses_one_mask_per_solve():
+    block, x = make_block("attention", dropout=0.4)
+    layer = ReversibleFixedPoint(block, max_steps=4)
+    torch.manual_seed(5)
+    block(x, x)
+    after_one_evaluation = torch.get_rng_state()
+    torch.manual_seed(5)
+    z = layer(x).z
+    assert torch.equal(torch.get_rng_state(), after_one_evaluation)
+    z.sum().backward()
+    assert torch.equal(torch.get_rng_state(), after_one_evaluation)
+    assert layer.drift == 0
+    assert not torch.equal(layer(x).z, z)
+    long = ReversibleFixedPoint(block, max_steps=60)(x)
+    assert long.residual.max() < 1e-4, "with a mask per evaluation there would be no fixed point"
+
+
+class Noisy(nn.Module):
+    """Draws from a generator that nobody replays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(z) + x) + 1e-3 * torch.randn(z.shape, generator=self.generator)
+
+
+def test_the_certificate_catches_a_block_that_is_not_repeatable():
+    x = torch.randn(2, 4)
+    layer = ReversibleFixedPoint(Noisy(), max_steps=4)
+    with pytest.warns(UserWarning, match="did not reconstruct its start state"):
+        layer(x).z.sum().backward()
+    assert layer.drift > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x).z.sum().backward()  # warns once
+    with pytest.raises(DriftError, match="nondeterministic kernel"):
+        ReversibleFixedPoint(Noisy(), max_steps=4, drift_policy="raise")(x).z.sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ReversibleFixedPoint(Noisy(), max_steps=4, drift_policy="ignore")(x).z.sum().backward()
+
+
+def test_drift_of_one_layer_called_twice_is_the_greater_one():
+    """A later exact pass must not cover an earlier one that was not."""
+
+    class SometimesNoisy(Noisy):
+        def forward(self, z, x, noisy=False):
+            return super().forward(z, x) if noisy else torch.tanh(self.linear(z) + x)
+
+    layer = ReversibleFixedPoint(SometimesNoisy(), max_steps=3, drift_policy="ignore")
+    first = layer(torch.randn(2, 4)).z
+    layer(first, noisy=True).z.sum().backward()  # the noisy call goes back first
+    assert layer.drift > 0
+    layer(torch.randn(2, 4)).z.sum().backward()
+    assert layer.drift == 0
+
+
+class Poisoned(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.linear, self.value = nn.Linear(4, 4), value
+
+    def forward(self, z, x):
+        out = torch.tanh(self.linear(z) + x)
+        return torch.where((x == 7).any(-1, keepdim=True), self.value, out)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", None])
+def test_law_10_non_finite_values_come_out(value, gradient):
+    x = torch.randn(3, 4)
+    x[1, 2] = 7
+    layer = ReversibleFixedPoint(Poisoned(value), max_steps=3, gradient=gradient or "reversible")
+    with torch.set_grad_enabled(gradient is not None):
+        solution = layer(x)
+    assert solution.z[1].isnan().all()
+    assert solution.z[[0, 2]].isfinite().all()
+    assert solution.nonfinite.tolist() == [0, 6, 0]
+    assert "nonfinite=6" in repr(solution)
+    if gradient:
+        solution.z.sum().backward()
+        assert layer.drift == 0
+
+
+def test_values_beyond_the_range_are_clamped_counted_and_told():
+    block = Poisoned(1e5)
+    x = torch.randn(3, 4)
+    x[1, 2] = 7
+    layer = ReversibleFixedPoint(block, max_steps=3)
+    with pytest.warns(UserWarning, match="were clamped"):
+        solution = layer(x)
+    assert solution.clamped.tolist() == [0, 6, 0]
+    assert solution.z[1].max() <= 2048
+    solution.z.sum().backward()
+    assert layer.drift == 0
+
+
+def test_gradients_reach_context_and_keyword_tensors_and_only_those_that_need_them():
+    results = []
+    for gradient in ("reversible", "backprop"):
+        torch.manual_seed(0)
+        block, x = AttentionBlock(), torch.randn(3, 7, 16)
+        block.qkv.requires_grad_(False)
+        context, shift = torch.randn(3, 7, 16, requires_grad=True), torch.randn(16, requires_grad=True)
+        layer = ReversibleFixedPoint(block, max_steps=3, gradient=gradient)
+        layer(x, context, shift=shift).z.square().sum().backward()
+        assert block.qkv.weight.grad is None
+        assert x.grad is None
+        results.append([context.grad, shift.grad, block.up.weight.grad])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autograd_grad_retain_graph_accumulation_and_composition():
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=3)
+    loss = layer(x).z.square().sum()
+    parameters = list(block.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    assert all(p.grad is None for p in parameters), "backward has a side effect on .grad"
+    second = torch.autograd.grad(loss, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    loss = layer(x).z.square().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(block.up.weight.grad, 2 * first[[n for n, _ in block.named_parameters()].index("up.weight")])
+
+    def twice(layer, x):
+        return layer(layer(x).z).z.square().sum()
+
+    reference = ReversibleFixedPoint(block, max_steps=3, gradient="backprop")
+    got = torch.autograd.grad(twice(layer, x), [x, *parameters])
+    expected = torch.autograd.grad(twice(reference, x), [x, *parameters])
+    assert all(relative_error(a, b) < 1e-6 for a, b in zip(got, expected, strict=True))
+    wrapped = torch.utils.checkpoint.checkpoint(lambda t: layer(t).z.square().sum(), x, use_reentrant=False)
+    for a, b in zip(
+        torch.autograd.grad(wrapped, [x, *parameters]), torch.autograd.grad(layer(x).z.square().sum(), [x, *parameters]), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_weight_cast_without_a_graph_is_not_left_in_the_autocast_cache():
+    """The same block used directly after a solve, within one autocast region, must still get gradients."""
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x.detach())
+        direct = block(x.detach(), x.detach()).float().square().sum()
+    direct.backward()
+    assert block.up.weight.grad is not None
+
+
+def test_deep_copy_and_state_dict():
+    layer = ReversibleFixedPoint(make_block("attention")[0], max_steps=2)
+    layer(torch.randn(1, 7, 16)).z.sum().backward()
+    other = copy.deepcopy(layer)
+    assert other.beta == layer.beta
+    assert set(layer.state_dict()) == {f"block.{name}" for name, _ in layer.block.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(beta=1), "must not be 1"),
+        (dict(beta=0), r"\(0, 2\)"),
+        (dict(beta=2.5), "got 2.5"),
+        (dict(max_steps=0), "from 1 to"),
+        (dict(max_steps=-3), "got -3"),
+        (dict(max_steps=2.5), "whole number"),
+        (dict(tol=-1.0), "tol"),
+        (dict(tol=float("nan")), "tol"),
+        (dict(gradient="exact"), "'reversible', 'checkpoint', 'backprop'"),
+        (dict(solver="newton"), "solver must be one of"),
+        (dict(drift_policy="shout"), "drift_policy must be one of"),
+        (dict(keep_evaluations=-1), "keep_evaluations"),
+    ],
+    ids=str,
+)
+def test_unusable_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ReversibleFixedPoint(nn.Linear(2, 2), **settings)
+
+
+def test_a_beta_that_is_no_small_fraction_is_told():
+    with pytest.warns(UserWarning, match="is used"):
+        layer = ReversibleFixedPoint(nn.Linear(2, 2), beta=0.7654321)
+    assert layer.beta != 0.7654321
+    assert abs(layer.beta - 0.7654321) < 1e-3
+
+
+class Returns(nn.Module):
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.linear, self.change = nn.Linear(4, 4), change
+
+    def forward(self, z, x):
+        return self.change(torch.tanh(self.linear(z) + x))
+
+
+def _raise(value):
+    raise KeyError("from inside the block")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda f: f[:, :3], ValueError, r"got \[\(2, 3\)\], expected \[\(2, 4\)\]"),
+        (lambda f: f.double(), TypeError, "dtype of its state"),
+        (lambda f: f.int(), TypeError, "dtype of its state"),
+        (lambda f: (f, f), TypeError, "one tensor"),
+        (lambda f: None, TypeError, "one tensor"),
+        (_raise, KeyError, "from inside the block"),
+    ],
+)
+def test_a_block_that_does_not_fit_is_told_and_nothing_is_changed(change, error, message):
+    x = torch.randn(2, 4, requires_grad=True)
+    block = Returns(change)
+    layer = ReversibleFixedPoint(block, max_steps=2)
+    before = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        layer(x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert x.grad is None
+    assert block.linear.weight.grad is None
+
+
+def test_bad_calls_are_told():
+    layer = ReversibleFixedPoint(Returns(lambda f: f), max_steps=2)
+    with pytest.raises(ValueError, match="whole number"):
+        layer(torch.randn(2, 4), max_steps=0)
+    with pytest.raises(ValueError, match="floating"):
+        layer(torch.ones(2, 4, dtype=torch.long))
+    with pytest.raises(TypeError, match="tensor or a tuple"):
+        layer("x")
+    with pytest.raises(ValueError, match="first dimension"):
+        layer(torch.randn(2, 4), z0=torch.randn(3, 4))
+    with pytest.raises(ValueError, match="gradient must be one of"):
+        layer(torch.randn(2, 4), gradient="none")
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        ReversibleFixedPoint(lambda z, x: x)
+
+
+def test_batch_norm_inside_the_block_is_refused_in_training_only():
+    class WithBatchNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, z, x):
+            return self.norm(z + x) * 0.3
+
+    layer = ReversibleFixedPoint(WithBatchNorm(), max_steps=2)
+    with pytest.raises(ValueError, match="GroupNorm"):
+        layer(torch.randn(3, 4))
+    layer.eval()(torch.randn(3, 4)).z.sum().backward()
+    assert layer.drift == 0
+
+
+def test_double_backward_hidden_inputs_swapped_parameters_and_changed_inputs_are_told():
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=2)
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        torch.autograd.grad(layer(x).z.sum(), x, create_graph=True)
+
+    outside = torch.randn(4, requires_grad=True)
+    hidden = ReversibleFixedPoint(Returns(lambda f: f * outside), max_steps=2)
+    with pytest.raises(RuntimeError, match="neither one of its parameters nor one of its arguments"):
+        hidden(torch.randn(2, 4)).z.sum().backward()
+
+    z = layer(x).z
+    block.qkv.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="other tensors in the backward pass"):
+        z.sum().backward()
+    block.qkv.requires_grad_(True)
+
+    z = layer(x).z
+    with torch.no_grad():
+        block.up.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_an_empty_batch_passes_through():
+    layer = ReversibleFixedPoint(Returns(lambda f: f), max_steps=3)
+    solution = layer(torch.zeros(0, 4, requires_grad=True))
+    solution.z.sum().backward()
+    assert solution.z.shape == (0, 4)
+    assert repr(solution) == "FixedPointSolution(batch=0)"
