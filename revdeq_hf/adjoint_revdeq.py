@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .solver_revdeq import Digits, ExactState, Resolution, per_row, resolution_for, rows
+from .solver_revdeq import Digits, ExactState, Resolution, Scratch, per_row, resolution_for, rows
 
 RESIDUAL_FLOOR = 1e-5
 
@@ -203,12 +203,13 @@ class Solve:
         self.clamped = torch.zeros(batch, dtype=torch.int64, device=device)
         self.nonfinite = torch.zeros(batch, dtype=torch.int64, device=device)
 
-    def start(self, z0: State | None) -> list[ExactState]:
+    def start(self, z0: State | None, scratch: Scratch) -> list[ExactState]:
         """The start state as integers; zero where `z0` is None."""
         if z0 is None:
             shapes, device = self.evaluator.shapes, self.evaluator.device
-            return [ExactState(torch.zeros(shape, dtype=torch.int64, device=device), self.resolution) for shape in shapes]
-        return [ExactState.from_float(tensor.detach(), self.resolution) for tensor in z0]
+            zeros = [torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes]
+            return [ExactState(tensor, self.resolution, scratch=scratch) for tensor in zeros]
+        return [ExactState.from_float(tensor.detach(), self.resolution, scratch) for tensor in z0]
 
     def values(self, states: list[ExactState], phase: "int | torch.Tensor") -> State:
         """What the block sees of the states."""
@@ -338,7 +339,7 @@ def _as_leaves(tensors: "Iterable[torch.Tensor]", needed: "Iterable[bool]") -> l
 
 
 class _Sums:
-    """Sums of gradients, in the order in which autograd would add them; a tensor that is not ours is never changed."""
+    """Sums of gradients, changed in place once they are our own tensors."""
 
     def __init__(self, count: int) -> None:
         self.totals: list[torch.Tensor | None] = [None] * count
@@ -381,7 +382,8 @@ class _Reversible(torch.autograd.Function):
             kept.append(_evaluate_with_graph(evaluator, state, leaves))
             return tuple(part.detach() for part in kept[-1].f)
 
-        y, z = solve.start(z0), solve.start(z0)
+        scratch = Scratch()
+        y, z = solve.start(z0, scratch), solve.start(z0, scratch)
         out = solve.iterate(y, z, z0, evaluate)
         if evaluator.autocast:
             torch.clear_autocast_cache()  # weights were cast without a graph; whoever needs one must not find them
@@ -412,31 +414,45 @@ class _Reversible(torch.autograd.Function):
         saved = ctx.saved_tensors
         z0, arguments, exact = saved[: ctx.z0_count] or None, saved[ctx.z0_count : ctx.end], saved[ctx.end + len(current) :]
         needed = ctx.needs_input_grad[4:]
-        leaves = _as_leaves(arguments, needed[ctx.z0_count : ctx.end])
-        wanted = [i for i, need in enumerate(needed[ctx.z0_count :]) if need]
-        count = len(evaluator.shapes)
+        argument_needed, parameter_needed = needed[ctx.z0_count : ctx.end], needed[ctx.end :]
+        parameters = [p for p, need in zip(ctx.parameters, parameter_needed, strict=True) if need]
+        leaves = _as_leaves(arguments, argument_needed)
         y, z = _unpack(ctx.packings, exact, solve.resolution)
-        sums = _Sums(len(wanted))
+        argument_sums: list[torch.Tensor | None] = [None] * sum(argument_needed)
+        parameter_sums = _Sums(len(parameters))
         kept, ctx.kept = ctx.kept, []  # a second backward pass over the same graph recomputes them
 
-        def evaluate_and_pull(states: list[ExactState], phase: "int | torch.Tensor", weights: State) -> tuple[State, tuple]:
-            """f at a state, and the products of its Jacobian's transpose with the weights; those for the inputs are summed up."""
+        def evaluate_and_pull(states: list[ExactState], phase: "int | torch.Tensor", weights: State, carried: State) -> tuple[State, State]:
+            """f at a state, and `carried + J^T weights`; the products for arguments and parameters are added to their sums.
+
+            What is carried over goes through the graph as the gradient of an alias, made after f: so autograd adds it to the contributions of f
+            one by one in the order in which stored backpropagation would, and the sums agree to the last bit.
+            """
+            nonlocal argument_sums
             evaluation = kept.pop() if kept else _evaluate_with_graph(evaluator, solve.values(states, phase), leaves)
             if not ctx.certificate.inputs_known:
                 _refuse_hidden_inputs(evaluation, ctx.parameters)
                 ctx.certificate.inputs_known = True
-            inputs = [*evaluation.leaves, *ctx.parameters]
-            pairs = [(part, weight) for part, weight in zip(evaluation.f, weights, strict=True) if part.requires_grad]
-            if not pairs:
-                return evaluation.f, (None,) * count
-            parts, part_weights = zip(*pairs, strict=True)
-            found = torch.autograd.grad(parts, [*evaluation.state, *(inputs[i] for i in wanted)], part_weights, allow_unused=True)
-            sums.add(found[count:])
-            return tuple(part.detach() for part in evaluation.f), found[:count]
+            inputs = [leaf for leaf, need in zip(evaluation.leaves, argument_needed, strict=True) if need]
+            outputs, seeds = [], []
+            with torch.enable_grad():
+                for tensor, gradient in zip((*evaluation.state, *inputs), (*carried, *argument_sums), strict=True):
+                    if gradient is not None:
+                        outputs.append(tensor.view_as(tensor))
+                        seeds.append(gradient)
+            for part, weight in zip(evaluation.f, weights, strict=True):
+                if part.requires_grad:
+                    outputs.append(part)
+                    seeds.append(weight)
+            found = torch.autograd.grad(outputs, [*evaluation.state, *inputs, *parameters], seeds, allow_unused=True)
+            end = len(states) + len(inputs)
+            argument_sums = list(found[len(states) : end])
+            parameter_sums.add(found[end:])
+            return tuple(part.detach() for part in evaluation.f), found[: len(states)]
 
         shapes = zip(evaluator.shapes, gradients, strict=True)
-        gz = [torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) if g is None else g for shape, g in shapes]
-        gy: list[torch.Tensor] = [torch.zeros_like(g) for g in gz]
+        gz = tuple(torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) if g is None else g for shape, g in shapes)
+        gy = tuple(torch.zeros_like(g) for g in gz)
         phase = solve.phase
         segment = solve.resolution.segment
         with evaluator.replay():
@@ -444,38 +460,36 @@ class _Reversible(torch.autograd.Function):
                 if step < solve.taken:
                     active = None if solve.steps is None else solve.steps > step
                     before = phase - 1 if active is None else phase - active.long()
-                    f, pulled = evaluate_and_pull(y, phase, _scaled(gz, solve, active))
-                    gy = _added(gy, pulled)
+                    keep, gain = solve.coefficients(active, gz[0])
+                    f, gy = evaluate_and_pull(y, phase, tuple(gain * g for g in gz), gy)
                     for state, part in zip(z, f, strict=True):
                         state.retreat(part, step % segment, active)
-                    f, pulled = evaluate_and_pull(z, before, _scaled(gy, solve, active))
+                    kept_z, kept_y = tuple(keep * g for g in gz), tuple(keep * g for g in gy)
+                    if step == 0:  # y and z are one tensor here
+                        kept_z = tuple(a + b for a, b in zip(kept_z, kept_y, strict=True))
+                    f, gz = evaluate_and_pull(z, before, tuple(gain * g for g in gy), kept_z)
                     for state, part in zip(y, f, strict=True):
                         state.retreat(part, step % segment, active)
-                    keep = solve.coefficients(active, gz[0])[0]
-                    gz = _added([keep * g for g in gz], pulled)
-                    gy = [keep * g for g in gy]
+                    gy = kept_y
                     phase = before
                 if step and step % segment == 0:
                     entered = None if solve.steps is None else solve.steps >= step
                     for state in (*y, *z):
                         state.undo_spill(entered)
                     phase = segment if entered is None else torch.where(entered, segment, phase)
-        start = solve.start(z0)
+        start = solve.start(z0, Scratch())
         gaps = [torch.max(torch.abs(a.integers - b.integers)) for a, b in zip((*y, *z), start * 2, strict=True) if a.integers.numel()]
         drift = torch.stack(gaps).max().to(torch.float32) * abs(solve.resolution.spacing(0)) if gaps else torch.zeros(())
         ctx.certificate.record(drift)
-        result: list[torch.Tensor | None] = [None] * len(needed)
-        for i in range(ctx.z0_count):
-            result[i] = gz[i] + gy[i] if needed[i] else None
-        for i, total in zip(wanted, sums.totals, strict=True):
-            result[ctx.z0_count + i] = total
-        return None, None, None, None, *result
+        found = iter((*argument_sums, *parameter_sums.totals))
+        for_start = [g if need else None for g, need in zip(gz, needed[: ctx.z0_count], strict=False)]
+        return None, None, None, None, *for_start, *(next(found) if need else None for need in needed[ctx.z0_count :])
 
 
 def _unpack(packings: list[Digits], exact: "Sequence[torch.Tensor]", resolution: Resolution) -> tuple[list[ExactState], list[ExactState]]:
     """Independent copies of the pair of states from what was saved."""
-    words = iter(exact[len(packings) :])
-    states = [ExactState(v.clone(), resolution, packing.filled(words)) for v, packing in zip(exact, packings, strict=False)]
+    words, scratch = iter(exact[len(packings) :]), Scratch()
+    states = [ExactState(v.clone(), resolution, packing.filled(words), scratch) for v, packing in zip(exact, packings, strict=False)]
     return states[: len(states) // 2], states[len(states) // 2 :]
 
 
@@ -499,15 +513,6 @@ def _refuse_hidden_inputs(evaluation: _Evaluation, parameters: "Sequence[torch.T
                 todo.append(following)
 
 
-def _scaled(gradients: list[torch.Tensor], solve: Solve, active: torch.Tensor | None) -> State:
-    gain = solve.coefficients(active, gradients[0])[1]
-    return tuple(gain * gradient for gradient in gradients)
-
-
-def _added(gradients: list[torch.Tensor], pulled: tuple) -> list[torch.Tensor]:
-    return [gradient if more is None else gradient + more for gradient, more in zip(gradients, pulled, strict=True)]
-
-
 def trainable_parameters(block: nn.Module) -> list[nn.Parameter]:
     """The parameters that require grad at this moment, each once."""
     return [parameter for parameter in block.parameters() if parameter.requires_grad]
@@ -515,7 +520,8 @@ def trainable_parameters(block: nn.Module) -> list[nn.Parameter]:
 
 def solve_plain(solve: Solve, z0: State | None) -> State:
     """Without gradients: nothing is kept."""
-    y, z = solve.start(z0), solve.start(z0)
+    scratch = Scratch()
+    y, z = solve.start(z0, scratch), solve.start(z0, scratch)
     with torch.no_grad():
         return solve.iterate(y, z, z0, lambda state, _: solve.evaluator(state, solve.evaluator.tensors))
 
@@ -543,5 +549,6 @@ def solve_stored(solve: Solve, z0: State | None, recompute_before: int) -> State
         # whether the block draws random numbers is not known before its first evaluation has run
         return checkpoint(call, state, use_reentrant=False, preserve_rng_state=number == 0 or evaluator.random)
 
-    y, z = solve.start(z0), solve.start(z0)
+    scratch = Scratch()
+    y, z = solve.start(z0, scratch), solve.start(z0, scratch)
     return solve.iterate(y, z, z0, evaluate, differentiable=True)

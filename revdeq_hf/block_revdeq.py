@@ -134,14 +134,15 @@ class RevDEQTransformerBlock(nn.Module):
     """`f(z, x)` of the language model: one or more transformer layers on `z + x`.
 
     The first layer's identity path starts from `z` in the paper's block, `h = z + Attn(LN(z + x)), f = h + MLP(LN(h))`, and from `x` in the
-    modern one: without an identity path from the state the map contracts by itself, and more steps than in training do no
-    harm.
+    modern one, whose output is normalised too: `h = x + Attn(norm(z + x)), f = norm(h + MLP(norm(h)))`. Without an identity path from the state the
+    map can contract, so that more steps than in training do no harm, and a bounded output keeps the state in range at any learning rate.
     """
 
     def __init__(self, config: RevDEQConfig) -> None:
         super().__init__()
         self.skip_from_state = config.block_type == "paper"
         self.layers = nn.ModuleList([RevDEQLayer(config, index) for index in range(config.num_block_layers)])
+        self.norm = nn.Identity() if config.block_type == "paper" else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, z: torch.Tensor, x: torch.Tensor, past_key_values=None, **kwargs) -> torch.Tensor:
         """z and x (batch, seq, hidden_size); `past_key_values` are `EvaluationSlots` or None; the rest goes to the attention."""
@@ -151,7 +152,7 @@ class RevDEQTransformerBlock(nn.Module):
         for index, layer in enumerate(self.layers):
             skip = hidden_states if index else z if self.skip_from_state else x
             hidden_states = layer(hidden_states, skip, past_key_values=past_key_values, **kwargs)
-        return hidden_states
+        return self.norm(hidden_states)
 
 
 class RevDEQConvBlock(nn.Module):

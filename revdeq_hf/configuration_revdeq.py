@@ -47,7 +47,7 @@ class RevDEQConfig(PreTrainedConfig):
         >>> from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
         >>> config = RevDEQConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3)
         >>> RevDEQForCausalLM(config).num_parameters()
-        14464
+        14496
     """
 
     model_type = "revdeq"

@@ -69,6 +69,14 @@ class FixedPointSolution(SolveStatistics):
     z: torch.Tensor | tuple[torch.Tensor, ...]
 
 
+# FSDP puts its backward hooks on the tensors that torch's pytree finds in a module's output
+torch.utils._pytree.register_pytree_node(
+    FixedPointSolution,
+    lambda solution: (list(vars(solution).values()), list(vars(solution))),
+    lambda values, names: FixedPointSolution(**dict(zip(names, values, strict=True))),
+)
+
+
 class DriftError(RuntimeError):
     """A backward pass did not arrive at the start state, and `drift_policy` is "raise"."""
 

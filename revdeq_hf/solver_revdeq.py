@@ -227,6 +227,20 @@ class Digits:
         return other
 
 
+class Scratch:
+    """Two tensors that are used again at every half step: fresh memory of their size costs as much as the arithmetic done in it."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tensors(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A float tensor, wide enough for `f`, and an int64 one, both of its shape."""
+        if f.shape not in self._tensors:
+            wide = torch.float64 if f.dtype == torch.float64 else torch.float32
+            self._tensors[f.shape] = torch.empty_like(f, dtype=wide), torch.empty_like(f, dtype=torch.int64)
+        return self._tensors[f.shape]
+
+
 class ExactState:
     """One state tensor held as integers.
 
@@ -234,22 +248,26 @@ class ExactState:
         integers: int64 tensor, the state in units of `resolution.spacing(phase)`. Changed in place.
         resolution: the arithmetic.
         digits: what was spilled so far.
+        scratch: room for `increment`, to be shared by states that are not used at the same time.
 
     Memory: 8 bytes per element, and the words of `digits`.
     """
 
-    def __init__(self, integers: torch.Tensor, resolution: Resolution, digits: Digits | None = None) -> None:
+    def __init__(
+        self, integers: torch.Tensor, resolution: Resolution, digits: Digits | None = None, scratch: "Scratch | None" = None
+    ) -> None:
         self.integers = integers
         self.resolution = resolution
         self.digits = digits or Digits()
+        self._scratch = scratch or Scratch()
 
     @classmethod
-    def from_float(cls, start: torch.Tensor, resolution: Resolution) -> "ExactState":
+    def from_float(cls, start: torch.Tensor, resolution: Resolution, scratch: "Scratch | None" = None) -> "ExactState":
         """The state nearest to `start`, which is clamped to the state limit; non-finite values become 0 (the caller tells)."""
         limit = resolution.state_limit
         wide = torch.nan_to_num(start.to(torch.float64), nan=0.0, posinf=limit, neginf=-limit).clamp_(-limit, limit)
         integers = wide.mul_(2.0**resolution.fraction_bits).round_().to(torch.int64)
-        return cls(integers.mul_(resolution.scale(0)), resolution)
+        return cls(integers.mul_(resolution.scale(0)), resolution, scratch=scratch)
 
     def value(self, phase: "int | torch.Tensor", dtype: torch.dtype) -> torch.Tensor:
         """The state as floats: what `f` sees. `phase` is a number, or (batch,) integers where rows stopped at different steps."""
@@ -263,11 +281,11 @@ class ExactState:
         return value.to(dtype)
 
     def increment(self, f: torch.Tensor) -> torch.Tensor:
-        """`q = round(beta f 2^F)` as int64, f clamped to the value limit and NaN taken as 0 (the caller tells)."""
+        """`q = round(beta f 2^F)` as int64, f clamped to the value limit and NaN taken as 0 (the caller tells). Valid until the next call."""
         r = self.resolution
-        q = f.to(torch.float64 if f.dtype == torch.float64 else torch.float32, copy=True)
-        q.nan_to_num_(nan=0.0, posinf=r.value_limit, neginf=-r.value_limit).clamp_(-r.value_limit, r.value_limit)
-        return q.mul_(r.beta * 2.0**r.fraction_bits).round_().to(torch.int64)
+        wide, q = self._scratch.tensors(f)
+        wide.copy_(f).nan_to_num_(nan=0.0, posinf=r.value_limit, neginf=-r.value_limit).clamp_(-r.value_limit, r.value_limit)
+        return q.copy_(wide.mul_(r.beta * 2.0**r.fraction_bits).round_())
 
     def advance(self, f: torch.Tensor, phase: int, active: torch.Tensor | None = None) -> None:
         """`state = (1 - beta) state + beta f`, in place, from `phase` to `phase + 1`; rows that are not `active` stay as they are."""

@@ -1,0 +1,68 @@
+"""What the benchmarks share: where they ran, and how rows are kept."""
+
+import csv
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def environment() -> dict[str, str]:
+    """Commit (with a mark where files differ from it), device, threads and versions."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "commit": git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "../revdeq_hf") else ""),
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def keep(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Appends rows, with the environment, to results/NAME.csv; a file of other columns is refused."""
+    RESULTS.mkdir(exist_ok=True)
+    path, columns = RESULTS / f"{name}.csv", [*environment(), *rows[0]]
+    new = not path.exists()
+    if not new:
+        header = path.read_text(encoding="utf-8").splitlines()[0].split(",")
+        if header != columns:
+            raise ValueError(f"{path} has the columns {header}, this benchmark writes {columns}; move the old file away")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        if new:
+            writer.writeheader()
+        writer.writerows({**environment(), **row} for row in rows)
+    return path
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each function, run in turn so that all meet the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warm_up + repeats):
+        for name, function in functions.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
