@@ -240,7 +240,7 @@ class Solve:
             for tensor in z0:
                 self._count(tensor.detach(), self.resolution.state_limit)
             if differentiable:
-                z_values = tuple(_Relax.apply(a, None, b, 1.0, None) for a, b in zip(z0, z_values, strict=True))
+                z_values = tuple(with_value(a, b) for a, b in zip(z0, z_values, strict=True))
         y_values = z_values
 
         def renew(states: list[ExactState], old: State, f: State | None = None) -> State:
@@ -319,7 +319,7 @@ def residual_of(f: State, z: State) -> torch.Tensor:
 
 
 @dataclass
-class _Evaluation:
+class Evaluation:
     """An evaluation with its graph: the leaves that stand for the state and the arguments, and `f` of them."""
 
     state: State
@@ -327,14 +327,14 @@ class _Evaluation:
     f: State
 
 
-def _evaluate_with_graph(evaluator: Evaluator, state: State, leaves: list[torch.Tensor]) -> _Evaluation:
+def evaluate_with_graph(evaluator: Evaluator, state: State, leaves: list[torch.Tensor]) -> Evaluation:
     """The autocast covers the evaluation only: derivatives are computed outside it, as they are everywhere else."""
     with torch.enable_grad(), evaluator.precision():
         state = tuple(part.detach().requires_grad_() for part in state)
-        return _Evaluation(state, leaves, evaluator(state, leaves))
+        return Evaluation(state, leaves, evaluator(state, leaves))
 
 
-def _as_leaves(tensors: "Iterable[torch.Tensor]", needed: "Iterable[bool]") -> list[torch.Tensor]:
+def as_leaves(tensors: "Iterable[torch.Tensor]", needed: "Iterable[bool]") -> list[torch.Tensor]:
     return [t.detach().requires_grad_() if need else t.detach() for t, need in zip(tensors, needed, strict=True)]
 
 
@@ -371,15 +371,15 @@ class _Reversible(torch.autograd.Function):
         end = z0_count + len(evaluator.tensors)
         z0 = tensors[:z0_count] or None
         needed = ctx.needs_input_grad[4:]
-        leaves = _as_leaves(tensors[z0_count:end], needed[z0_count:end])
+        leaves = as_leaves(tensors[z0_count:end], needed[z0_count:end])
         # with tol the last evaluation is not known beforehand, and none is kept
         keep_from = 2 * solve.max_steps - (keep if solve.tol is None else 0)
-        kept: list[_Evaluation] = []
+        kept: list[Evaluation] = []
 
         def evaluate(state: State, number: int) -> State:
             if number < keep_from:
                 return evaluator(state, leaves)
-            kept.append(_evaluate_with_graph(evaluator, state, leaves))
+            kept.append(evaluate_with_graph(evaluator, state, leaves))
             return tuple(part.detach() for part in kept[-1].f)
 
         scratch = Scratch()
@@ -397,26 +397,16 @@ class _Reversible(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the reversible solve has no second derivative, and backward was called with create_graph=True; "
-                "use gradient='backprop' for double backward"
-            )
+        refuse_double_backward()
         solve: Solve = ctx.solve
         evaluator = solve.evaluator
-        current = trainable_parameters(evaluator.block)
-        if len(current) != len(ctx.parameters) or any(a is not b for a, b in zip(current, ctx.parameters, strict=True)):
-            raise RuntimeError(
-                "the block's trainable parameters are other tensors in the backward pass than in the forward pass "
-                "(torch.func.functional_call, a wrapper that swaps them, or requires_grad changed in between), so the evaluations cannot be "
-                "recomputed; use gradient='backprop'"
-            )
+        refuse_other_parameters(evaluator.block, ctx.parameters)
         saved = ctx.saved_tensors
-        z0, arguments, exact = saved[: ctx.z0_count] or None, saved[ctx.z0_count : ctx.end], saved[ctx.end + len(current) :]
+        z0, arguments, exact = saved[: ctx.z0_count] or None, saved[ctx.z0_count : ctx.end], saved[ctx.end + len(ctx.parameters) :]
         needed = ctx.needs_input_grad[4:]
         argument_needed, parameter_needed = needed[ctx.z0_count : ctx.end], needed[ctx.end :]
         parameters = [p for p, need in zip(ctx.parameters, parameter_needed, strict=True) if need]
-        leaves = _as_leaves(arguments, argument_needed)
+        leaves = as_leaves(arguments, argument_needed)
         y, z = _unpack(ctx.packings, exact, solve.resolution)
         argument_sums: list[torch.Tensor | None] = [None] * sum(argument_needed)
         parameter_sums = _Sums(len(parameters))
@@ -429,10 +419,8 @@ class _Reversible(torch.autograd.Function):
             one by one in the order in which stored backpropagation would, and the sums agree to the last bit.
             """
             nonlocal argument_sums
-            evaluation = kept.pop() if kept else _evaluate_with_graph(evaluator, solve.values(states, phase), leaves)
-            if not ctx.certificate.inputs_known:
-                _refuse_hidden_inputs(evaluation, ctx.parameters)
-                ctx.certificate.inputs_known = True
+            evaluation = kept.pop() if kept else evaluate_with_graph(evaluator, solve.values(states, phase), leaves)
+            ctx.certificate.refuse_hidden_inputs(evaluation, ctx.parameters)
             inputs = [leaf for leaf, need in zip(evaluation.leaves, argument_needed, strict=True) if need]
             outputs, seeds = [], []
             with torch.enable_grad():
@@ -493,8 +481,33 @@ def _unpack(packings: list[Digits], exact: "Sequence[torch.Tensor]", resolution:
     return states[: len(states) // 2], states[len(states) // 2 :]
 
 
-def _refuse_hidden_inputs(evaluation: _Evaluation, parameters: "Sequence[torch.Tensor]") -> None:
-    """Follows the graph of one evaluation to its leaves: a leaf that is not among the inputs would silently get no gradient."""
+def trainable_parameters(block: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require grad at this moment, each once."""
+    return [parameter for parameter in block.parameters() if parameter.requires_grad]
+
+
+def refuse_double_backward() -> None:
+    """To be called in a backward pass: raises RuntimeError where it was asked for with create_graph=True."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "this gradient mode has no second derivative, and backward was called with create_graph=True; "
+            "use gradient='backprop' for double backward"
+        )
+
+
+def refuse_other_parameters(block: nn.Module, parameters: Sequence[torch.Tensor]) -> None:
+    """Raises RuntimeError unless the block's trainable parameters are still these very tensors."""
+    current = trainable_parameters(block)
+    if len(current) != len(parameters) or any(a is not b for a, b in zip(current, parameters, strict=True)):
+        raise RuntimeError(
+            "the block's trainable parameters are other tensors in the backward pass than in the forward pass "
+            "(torch.func.functional_call, a wrapper that swaps them, or requires_grad changed in between), so the evaluations cannot be "
+            "recomputed; use gradient='backprop'"
+        )
+
+
+def foreign_leaf(evaluation: Evaluation, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Follows the graph of one evaluation to its leaves; returns one that is not among the inputs and would silently get no gradient."""
     known = {id(t) for t in (*evaluation.state, *evaluation.leaves, *parameters)}
     todo = [part.grad_fn for part in evaluation.f if part.grad_fn is not None]
     seen = set(todo)
@@ -502,20 +515,12 @@ def _refuse_hidden_inputs(evaluation: _Evaluation, parameters: "Sequence[torch.T
         node = todo.pop()
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
-            raise RuntimeError(
-                f"the block uses a tensor of shape {tuple(variable.shape)} that requires grad and is neither one of its parameters nor one of "
-                "its arguments, so the reversible backward pass cannot give it a gradient; "
-                "pass it to the layer as a context argument, register it as a parameter of the block, or use gradient='backprop'"
-            )
+            return variable
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 todo.append(following)
-
-
-def trainable_parameters(block: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require grad at this moment, each once."""
-    return [parameter for parameter in block.parameters() if parameter.requires_grad]
+    return None
 
 
 def solve_plain(solve: Solve, z0: State | None) -> State:
@@ -533,10 +538,8 @@ def solve_reversible(solve: Solve, z0: State | None, keep: int, certificate: Any
     return _Reversible.apply(solve, keep, certificate, len(start), *start, *evaluator.tensors, *trainable_parameters(evaluator.block))
 
 
-def solve_stored(solve: Solve, z0: State | None, recompute_before: int) -> State:
-    """With exact gradients by autograd. Evaluations of a number below `recompute_before` keep their inputs only (`checkpoint`), the others
-    their graphs (`backprop`)."""
-    evaluator = solve.evaluator
+def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[State, int], State]:
+    """Evaluations that autograd sees. Those of a number below `recompute_before` keep their inputs only, the others their graphs."""
     arguments = evaluator.tensors
 
     def call(state: State) -> State:
@@ -549,6 +552,16 @@ def solve_stored(solve: Solve, z0: State | None, recompute_before: int) -> State
         # whether the block draws random numbers is not known before its first evaluation has run
         return checkpoint(call, state, use_reentrant=False, preserve_rng_state=number == 0 or evaluator.random)
 
+    return evaluate
+
+
+def solve_stored(solve: Solve, z0: State | None, recompute_before: int) -> State:
+    """With exact gradients by autograd: `checkpoint`, and with `recompute_before=0` `backprop`."""
     scratch = Scratch()
     y, z = solve.start(z0, scratch), solve.start(z0, scratch)
-    return solve.iterate(y, z, z0, evaluate, differentiable=True)
+    return solve.iterate(y, z, z0, stored_evaluation(solve.evaluator, recompute_before), differentiable=True)
+
+
+def with_value(source: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`value`, whose gradient goes to `source` unchanged."""
+    return _Relax.apply(source, None, value, 1.0, None)

@@ -3,24 +3,29 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .adjoint_revdeq import (
+    Evaluation,
     Evaluator,
     Solve,
+    foreign_leaf,
     solve_plain,
     solve_reversible,
     solve_stored,
     trainable_parameters,
 )
+from .fixed_point_solvers_revdeq import DIFFERENTIABLE_SOLVERS, FLOAT_SOLVERS
+from .implicit_revdeq import Approximation, attach_implicit, attach_phantom, solve_float
 from .solver_revdeq import rational_beta
 
-GRADIENT_MODES = ("reversible", "checkpoint", "backprop")
-SOLVERS = ("reversible",)
+EXACT_MODES = ("reversible", "checkpoint", "backprop")
+GRADIENT_MODES = (*EXACT_MODES, "implicit", "phantom")
+SOLVERS = ("reversible", *FLOAT_SOLVERS)
 DRIFT_POLICIES = ("warn", "raise", "ignore")
 MAX_STEPS_LIMIT = 100_000
 
@@ -111,16 +116,29 @@ class Certificate:
 
     Attributes:
         drift: 0-d float32, the greatest of the backward passes since the last forward pass.
-        inputs_known: whether the graph of an evaluation was seen to hold no foreign tensors.
     """
 
     def __init__(self, policy: str) -> None:
         self.policy = policy
         self.drift = torch.zeros((), dtype=torch.float32)
-        self.inputs_known = False
+        self.adjoint_residual: torch.Tensor | None = None
+        self._inputs_known = False
         self._glances = _Glances()
         self._new_account = True
         self._warned: set[str] = set()
+
+    def refuse_hidden_inputs(self, evaluation: Evaluation, parameters: Sequence[torch.Tensor]) -> None:
+        """Raises RuntimeError if the block uses tensors that a recomputing backward pass cannot give gradients to. Looks once in a layer's life."""
+        if self._inputs_known:
+            return
+        foreign = foreign_leaf(evaluation, parameters)
+        if foreign is not None:
+            raise RuntimeError(
+                f"the block uses a tensor of shape {tuple(foreign.shape)} that requires grad and is neither one of its parameters nor one of "
+                "its arguments, so this backward pass cannot give it a gradient; "
+                "pass it to the layer as a context argument, register it as a parameter of the block, or use gradient='backprop'"
+            )
+        self._inputs_known = True
 
     def open(self) -> None:
         """Called in each forward pass with gradients."""
@@ -191,11 +209,15 @@ class ReversibleFixedPoint(nn.Module):
         max_steps: N >= 1; a step is two evaluations of the block.
         tol: None: always `max_steps`. A float >= 0: each example stops at the first step at whose start its relative residual is
             at most `tol`; its state is frozen there. Costs one host synchronisation a step and one evaluation to notice the end.
-        gradient: "reversible" (states are reconstructed), "checkpoint" (inputs of the evaluations are kept), "backprop" (all is kept).
-            Same outputs, same gradients.
-        solver: "reversible".
+        gradient: "reversible" (states are reconstructed), "checkpoint" (inputs of the evaluations are kept), "backprop" (all is kept): same
+            outputs, same gradients. "implicit" and "phantom": same outputs, approximate gradients, none to z0 (see `implicit_revdeq.py`).
+        solver: "reversible"; or "picard", "relaxed" (any gradient but "reversible"), "anderson", "broyden" (gradients "implicit" and "phantom"), see
+            `fixed_point_solvers_revdeq.py`. A step is two evaluations for each of them.
         keep_evaluations: k >= 0, the last k evaluations keep their graphs in "reversible" and "checkpoint", so that the backward pass recomputes
             2N - k. With `tol` none are kept in "reversible".
+        solver_memory: iterates that "anderson", or updates that "broyden" keeps, two state tensors each.
+        adjoint_tol, adjoint_max_steps: when "implicit" stops to solve for the gradient, by the same kind of solver ("relaxed" for "reversible").
+        phantom_steps: damped iterations that "phantom" differentiates.
         drift_policy: what a backward pass does that did not arrive at the start state: "warn" (once), "raise" `DriftError`, "ignore".
 
     Cost, in evaluations of the block (a vector-Jacobian product counts 2), and what is kept between the passes beside the inputs:
@@ -204,11 +226,14 @@ class ReversibleFixedPoint(nn.Module):
       element and step for each of the two states, 1 - beta = n/d in lowest terms.
     - checkpoint: 8N - k; 2N - k states in their own dtype, k graphs. The smaller one for few steps.
     - backprop: 6N; 2N graphs.
+    - implicit: 2N + 1 and two for each of its adjoint evaluations; one state, one graph in the backward pass.
+    - phantom: 2N + 3 phantom_steps; as many graphs.
 
     Attributes:
         drift: 0-d float32 tensor, the greatest absolute difference between the reconstructed and the true start state in the backward passes
             since the last forward pass; 0 means that they were exact. Always 0 before the first one and in the other modes.
         statistics: `SolveStatistics` of the last solve, None before it.
+        adjoint_residual: 0-d float32 tensor, greatest relative residual of the last adjoint solve of "implicit", None before it.
 
     Example:
         >>> import torch
@@ -238,6 +263,10 @@ class ReversibleFixedPoint(nn.Module):
         solver: str = "reversible",
         keep_evaluations: int = 1,
         drift_policy: str = "warn",
+        solver_memory: int = 6,
+        adjoint_tol: float = 1e-6,
+        adjoint_max_steps: int = 50,
+        phantom_steps: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(block, nn.Module):
@@ -254,12 +283,22 @@ class ReversibleFixedPoint(nn.Module):
         self.gradient = gradient
         self.solver = solver
         self.keep_evaluations = keep_evaluations
+        for name, value in (("solver_memory", solver_memory), ("adjoint_max_steps", adjoint_max_steps), ("phantom_steps", phantom_steps)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not 0 <= adjoint_tol < math.inf:
+            raise ValueError(f"adjoint_tol must be a finite number >= 0, got {adjoint_tol!r}")
+        self._approximation = Approximation(solver, self.beta, solver_memory, adjoint_tol, adjoint_max_steps, phantom_steps)
         self.statistics: SolveStatistics | None = None
         self._certificate = Certificate(drift_policy)
 
     @property
     def drift(self) -> torch.Tensor:
         return self._certificate.drift
+
+    @property
+    def adjoint_residual(self) -> torch.Tensor | None:
+        return self._certificate.adjoint_residual
 
     @property
     def drift_policy(self) -> str:
@@ -290,29 +329,41 @@ class ReversibleFixedPoint(nn.Module):
         """
         steps = self.max_steps if max_steps is None else check_steps(max_steps)
         mode = self.gradient if gradient is None else _check_choice("gradient", gradient, GRADIENT_MODES)
+        _check_combination(mode, self.solver)
         state = _check_state(x if z0 is None else z0, "x" if z0 is None else "z0")
         if z0 is not None and isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != state[0].shape[0]:
             raise ValueError(f"x and z0 must agree in their first dimension (the batch), got {x.shape[0]} and {state[0].shape[0]}")
         refuse_training_batchnorm(self.block)
         is_tuple = isinstance(x if z0 is None else z0, tuple)
         evaluator = Evaluator(self.block, (x, context, block_kwargs), is_tuple, state)
-        solve = Solve(evaluator, self.beta, steps, self.tol)
         start = None if z0 is None else state
         wants_gradient = torch.is_grad_enabled() and (
             any(t.requires_grad for t in (*(start or ()), *evaluator.tensors)) or bool(trainable_parameters(self.block))
         )
-        if not wants_gradient:
-            z = solve_plain(solve, start)
-        elif mode == "reversible":
-            self._certificate.open()
-            z = solve_reversible(solve, start, min(self.keep_evaluations, 2 * steps), self._certificate)
+        recompute_before = 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0
+        follow = wants_gradient and mode in EXACT_MODES
+        if self.solver == "reversible":
+            solve = Solve(evaluator, self.beta, steps, self.tol)
+            if not follow:
+                z = solve_plain(solve, start)
+            elif mode == "reversible":
+                self._certificate.open()
+                z = solve_reversible(solve, start, min(self.keep_evaluations, 2 * steps), self._certificate)
+            else:
+                z = solve_stored(solve, start, recompute_before)
+            taken = solve.steps
+            if taken is None:
+                taken = torch.full((state[0].shape[0],), steps, dtype=torch.int64, device=state[0].device)
+            self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, solve.clamped, solve.nonfinite)
+            self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
-            z = solve_stored(solve, start, 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0)
-        taken = solve.steps
-        if taken is None:
-            taken = torch.full((state[0].shape[0],), steps, dtype=torch.int64, device=state[0].device)
-        self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, solve.clamped, solve.nonfinite)
-        self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
+            z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recompute_before if follow else None)
+            clamped = torch.zeros_like(found.nonfinite)
+            self.statistics = SolveStatistics(found.steps, found.residual, found.evaluations, clamped, found.nonfinite)
+        if wants_gradient and mode == "implicit":
+            z = attach_implicit(evaluator, z, self._approximation, self._certificate)
+        elif wants_gradient and mode == "phantom":
+            z = attach_phantom(evaluator, z, self._approximation)
         return FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
 
 
@@ -341,6 +392,7 @@ def check_solver_settings(
         ("drift_policy", drift_policy, DRIFT_POLICIES),
     ):
         _check_choice(name, value, allowed)
+    _check_combination(gradient, solver)
     if isinstance(keep_evaluations, bool) or not isinstance(keep_evaluations, int) or keep_evaluations < 0:
         raise ValueError(f"keep_evaluations must be a whole number >= 0, got {keep_evaluations!r}")
 
@@ -349,6 +401,13 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def _check_combination(gradient: str, solver: str) -> None:
+    if solver == "reversible" or gradient in ("implicit", "phantom") or (solver in DIFFERENTIABLE_SOLVERS and gradient != "reversible"):
+        return
+    allowed = "'implicit' or 'phantom'" if solver not in DIFFERENTIABLE_SOLVERS else "'checkpoint', 'backprop', 'implicit' or 'phantom'"
+    raise ValueError(f"gradient={gradient!r} cannot go with solver={solver!r}; use gradient={allowed}, or solver='reversible'")
 
 
 def refuse_training_batchnorm(block: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import relative_error
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig, RevDEQVisionModel
@@ -32,7 +33,10 @@ def test_modes_agree_on_the_whole_model(variant, autocast):
     assert len(set(losses.values())) == 1
     for mode in ("reversible", "checkpoint"):
         for name, gradient in gradients[mode].items():
-            assert torch.equal(gradient, gradients["backprop"][name]), name
+            if name.startswith((f"model.stages.{len(model.model.stages) - 1}", "classifier")):
+                assert torch.equal(gradient, gradients["backprop"][name]), name
+            else:  # a stage's x is also added to its z: stored backpropagation adds all evaluations to that one by one, the reversal their sum
+                assert relative_error(gradient, gradients["backprop"][name]) <= (1e-2 if autocast else 2e-6), name
 
 
 def test_save_and_load_give_the_same_logits(tmp_path):

@@ -1,0 +1,176 @@
+# Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
+"""Fixed-point solvers that are not reversible, for the gradient modes that need no reversal.
+
+All work on states flattened to (batch, elements) and look for a root of `g(z) = f(z) - z`, every example by itself:
+
+    picard      z' = f(z)
+    relaxed     z' = (1 - beta) z + beta f(z)
+    anderson    z' = sum_i a_i ((1 - beta) z_i + beta f(z_i)), weights a that sum to 1 and minimise ||sum_i a_i g(z_i)|| over the last m
+                iterates (Walker and Ni, Anderson acceleration for fixed-point iterations, 2011)
+    broyden     z' = z - B g(z), B an approximate inverse Jacobian of g in m rank-one updates (Broyden, 1965, "good" variant)
+
+A step is two evaluations, as in the reversible iteration, so that a solve of N steps costs 2N for every solver.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+FLOAT_SOLVERS = ("picard", "relaxed", "anderson", "broyden")
+DIFFERENTIABLE_SOLVERS = ("picard", "relaxed")  # those that autograd may follow
+
+
+@dataclass
+class FloatSolve:
+    """The result of `find_fixed_point`.
+
+    Attributes:
+        z: (batch, elements); in the examples that met `tol` the state that met it.
+        steps: (batch,) int64.
+        residual: (batch,) float32, at the start of an example's last step, or of `z` where that met `tol`.
+        nonfinite: (batch,) int64, evaluations that were not finite.
+        evaluations: calls of `f`.
+    """
+
+    z: torch.Tensor
+    steps: torch.Tensor
+    residual: torch.Tensor
+    nonfinite: torch.Tensor
+    evaluations: int
+
+
+def find_fixed_point(
+    solver: str,
+    f: Callable[[torch.Tensor], torch.Tensor],
+    z0: torch.Tensor,
+    *,
+    max_steps: int,
+    tol: float | None,
+    beta: float,
+    memory: int,
+    floor: float,
+) -> FloatSolve:
+    """Runs a solver.
+
+    Args:
+        solver: one of `FLOAT_SOLVERS`.
+        f: maps (batch, elements) to the same.
+        z0: start state, (batch, elements).
+        max_steps: steps of two evaluations.
+        tol: relative residual at which an example stops, or None. Costs one host synchronisation a step.
+        beta: relaxation of "relaxed" and "anderson".
+        memory: iterates of "anderson", updates of "broyden"; each costs two state tensors.
+        floor: added to the norm of f in the residual.
+
+    Follows autograd where it is on and the solver is one of `DIFFERENTIABLE_SOLVERS`.
+    """
+    update: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    if solver == "picard":
+        update = _picard
+    elif solver == "relaxed":
+        update = _Relaxed(beta)
+    elif solver == "anderson":
+        update = _Anderson(beta, memory)
+    else:
+        update = _Broyden(memory)
+    batch = z0.shape[0]
+    z = z0
+    active = torch.ones(batch, dtype=torch.bool, device=z.device)
+    steps = torch.zeros(batch, dtype=torch.int64, device=z.device)
+    nonfinite = torch.zeros_like(steps)
+    residual = torch.zeros(batch, device=z.device)
+    evaluations = 0
+    for half in range(2 * max_steps):
+        value = f(z)
+        evaluations += 1
+        with torch.no_grad():
+            size = torch.linalg.vector_norm(value.float(), dim=1)
+            nonfinite += ~size.isfinite() & active
+            if half % 2 == 0:
+                relative = torch.linalg.vector_norm((value - z).float(), dim=1) / (floor + size)
+                residual = torch.where(active, relative, residual)
+                if tol is not None:
+                    active = active & ~(relative <= tol)
+                    if not active.any():
+                        break
+                steps += active
+        z = torch.where(active[:, None], update(z, value), z)
+    return FloatSolve(z, steps, residual, nonfinite, evaluations)
+
+
+def _picard(z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+class _Relaxed:
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def __call__(self, z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.lerp(z, value, self.beta)
+
+
+class _Anderson:
+    """Keeps the last `memory` iterates and their values; solves a small bordered system for the weights of each example."""
+
+    RIDGE = 1e-10  # relative to the largest entry of the Gram matrix: keeps the system solvable when iterates coincide
+
+    def __init__(self, beta: float, memory: int) -> None:
+        self.beta, self.memory = beta, memory
+        self.states: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def __call__(self, z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self.states = [*self.states[1 - self.memory :], z] if self.memory > 1 else [z]
+        self.values = [*self.values[1 - self.memory :], value] if self.memory > 1 else [value]
+        states, values = torch.stack(self.states, 1), torch.stack(self.values, 1)  # (batch, kept, elements)
+        gaps = (values - states).double()
+        gram = gaps @ gaps.transpose(1, 2)
+        kept = gram.shape[1]
+        scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
+        identity = torch.eye(kept, dtype=gram.dtype, device=gram.device)
+        gram = gram / scale[:, None, None] + self.RIDGE * identity
+        # a non-finite example is told of elsewhere, and must not keep the others from being solved
+        gram = torch.where(gram.isfinite().all(2).all(1)[:, None, None], gram, identity)
+        weights = torch.linalg.solve(gram, torch.ones_like(gram[:, :, :1]))
+        weights = (weights / weights.sum(1, keepdim=True)).to(z.dtype)
+        return (weights * torch.lerp(states, values, self.beta)).sum(1)
+
+
+class _Broyden:
+    """`B = -I + sum_i u_i v_i^T`, starting from the plain iteration; when the memory is full it starts anew."""
+
+    def __init__(self, memory: int) -> None:
+        self.memory = memory
+        self.left: list[torch.Tensor] = []
+        self.right: list[torch.Tensor] = []
+        self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # state and gap
+
+    def _apply(self, gap: torch.Tensor) -> torch.Tensor:
+        out = -gap
+        for u, v in zip(self.left, self.right, strict=True):
+            out = out + u * (v * gap).sum(1, keepdim=True)
+        return out
+
+    def _apply_transposed(self, row: torch.Tensor) -> torch.Tensor:
+        out = -row
+        for u, v in zip(self.left, self.right, strict=True):
+            out = out + v * (u * row).sum(1, keepdim=True)
+        return out
+
+    def __call__(self, z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        gap = value - z
+        if self.last is not None:
+            step, change = z - self.last[0], gap - self.last[1]
+            if len(self.left) == self.memory:
+                self.left, self.right = [], []
+            moved = self._apply(change)
+            row = self._apply_transposed(step)
+            denominator = (step * moved).sum(1, keepdim=True)
+            # an example that does not move any more has no direction to learn from
+            safe = denominator.abs() > torch.finfo(z.dtype).eps * step.square().sum(1, keepdim=True)
+            self.left.append(torch.where(safe, (step - moved) / torch.where(safe, denominator, 1.0), 0.0))
+            self.right.append(row)
+        self.last = (z, gap)
+        return z - self._apply(gap)
