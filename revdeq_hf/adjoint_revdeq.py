@@ -94,8 +94,8 @@ class Evaluator:
         self.shapes = [s.shape for s in state]
         self.dtype = state[0].dtype
         self.device = state[0].device
-        self.calls = 0
         self.random = False
+        self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
         self._generators: list[torch.Tensor] | None = None
         kinds = {self.device.type, "cpu"} - {"meta"}
         self.autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
@@ -110,7 +110,6 @@ class Evaluator:
             assert self._generators is not None
             _set_generator_states(self._generators, self.device)
         out = self.block(state if self.is_tuple else state[0], x, *context, **kwargs)
-        self.calls += 1
         if first:
             assert self._generators is not None
             after = _generator_states(self.device)
@@ -377,10 +376,13 @@ class _Reversible(torch.autograd.Function):
         kept: list[Evaluation] = []
 
         def evaluate(state: State, number: int) -> State:
-            if number < keep_from:
+            if number < keep_from and not evaluator.compiled:
                 return evaluator(state, leaves)
-            kept.append(evaluate_with_graph(evaluator, state, leaves))
-            return tuple(part.detach() for part in kept[-1].f)
+            # a block compiled without gradients is another program, with other rounding, than with them: the backward pass must meet the same one
+            evaluation = evaluate_with_graph(evaluator, state, leaves)
+            if number >= keep_from:
+                kept.append(evaluation)
+            return tuple(part.detach() for part in evaluation.f)
 
         scratch = Scratch()
         y, z = solve.start(z0, scratch), solve.start(z0, scratch)

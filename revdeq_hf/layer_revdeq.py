@@ -203,7 +203,8 @@ class ReversibleFixedPoint(nn.Module):
         block: module called as `block(z, x, *context, **block_kwargs)`; returns what it is given as `z`, in form, shape and dtype (under
             autocast any floating dtype). Examples are the entries of the first dimension and must not influence each other.
             The same call must give the same result: torch's generators and autocast are replayed (all evaluations of a
-            solve use the same dropout mask); BatchNorm in training mode is refused.
+            solve use the same dropout mask); BatchNorm in training mode is refused. A compiled block (`block.compile()`, or `torch.compile` of
+            the whole model, which compiles the block by itself) runs the same program in both passes.
         beta: relaxation in (0, 2), not 1. Taken to the nearest fraction of a denominator up to 1000, with a warning where
             that differs; `layer.beta` is the value in use. Converges for beta < 2 / (1 + k) if the block is k-Lipschitz in z, k < 1.
         max_steps: N >= 1; a step is two evaluations of the block.
@@ -290,6 +291,7 @@ class ReversibleFixedPoint(nn.Module):
             raise ValueError(f"adjoint_tol must be a finite number >= 0, got {adjoint_tol!r}")
         self._approximation = Approximation(solver, self.beta, solver_memory, adjoint_tol, adjoint_max_steps, phantom_steps)
         self.statistics: SolveStatistics | None = None
+        self._compiled_block: list[nn.Module] | None = None
         self._certificate = Certificate(drift_policy)
 
     @property
@@ -327,6 +329,16 @@ class ReversibleFixedPoint(nn.Module):
             ValueError, TypeError: arguments, or what the block returns, do not fit; nothing has been changed then.
             DriftError: in the backward pass, see `drift_policy`.
         """
+        return self._solve(torch.compiler.is_compiling(), x, context, z0, max_steps, gradient, block_kwargs)
+
+    @torch.compiler.disable
+    def _solve(self, compiling: bool, x, context, z0, max_steps, gradient, block_kwargs) -> FixedPointSolution:
+        """Eager; where the caller is being compiled, the block is compiled by itself, and the same program serves both passes."""
+        block = self.block
+        if compiling:
+            if self._compiled_block is None:
+                self._compiled_block = [torch.compile(self.block)]  # in a list, which does not make it a submodule
+            block = self._compiled_block[0]
         steps = self.max_steps if max_steps is None else check_steps(max_steps)
         mode = self.gradient if gradient is None else _check_choice("gradient", gradient, GRADIENT_MODES)
         _check_combination(mode, self.solver)
@@ -335,7 +347,7 @@ class ReversibleFixedPoint(nn.Module):
             raise ValueError(f"x and z0 must agree in their first dimension (the batch), got {x.shape[0]} and {state[0].shape[0]}")
         refuse_training_batchnorm(self.block)
         is_tuple = isinstance(x if z0 is None else z0, tuple)
-        evaluator = Evaluator(self.block, (x, context, block_kwargs), is_tuple, state)
+        evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state)
         start = None if z0 is None else state
         wants_gradient = torch.is_grad_enabled() and (
             any(t.requires_grad for t in (*(start or ()), *evaluator.tensors)) or bool(trainable_parameters(self.block))

@@ -213,7 +213,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
 
     def _embed(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         assert input_ids is not None
-        if input_ids.device.type == "cpu" and input_ids.numel():  # elsewhere the look would make the host wait
+        if _may_look(input_ids):
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
@@ -224,7 +224,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
 
     def _embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         longest = self.config.max_position_embeddings
-        if position_ids.device.type == "cpu" and position_ids.numel() and int(position_ids.max()) >= longest:
+        if _may_look(position_ids) and int(position_ids.max()) >= longest:
             raise ValueError(
                 f"this model has learned positions for {longest} tokens (max_position_embeddings), got position {int(position_ids.max())}; "
                 "shorten the input, or use block_type='modern', whose rotary positions have no such limit"
@@ -335,6 +335,11 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, GenerationMixin):
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         finally:
             self.config = own
+
+
+def _may_look(ids: torch.Tensor) -> bool:
+    """Whether values can be checked for free: on an accelerator the host would wait, in a compiled graph the look would break it."""
+    return ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def _with_steps(config: RevDEQConfig, steps: int) -> RevDEQConfig:

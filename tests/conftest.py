@@ -24,10 +24,8 @@ class AttentionBlock(nn.Module):
         self.norm, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
-        self.calls = 0
 
     def forward(self, z, x, context=None, shift=None):
-        self.calls += 1
         u = z + x if context is None else z + x * context
         batch, length, width = u.shape
         q, k, v = (part.view(batch, length, self.heads, -1).transpose(1, 2) for part in self.qkv(self.norm(u)).chunk(3, -1))
@@ -44,10 +42,8 @@ class ConvBlock(nn.Module):
     def __init__(self, channels: int = 8) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.GroupNorm(2, channels)
-        self.calls = 0
 
     def forward(self, z, x):
-        self.calls += 1
         return self.norm(torch.relu(self.conv(z)) + x)
 
 
@@ -57,10 +53,8 @@ class TupleBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(8, 5), nn.Linear(5, 8)
-        self.calls = 0
 
     def forward(self, z, x):
-        self.calls += 1
         wide, narrow = z
         return torch.tanh(self.b(narrow) + x[0]), torch.tanh(self.a(wide) + x[1])
 

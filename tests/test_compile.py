@@ -1,0 +1,74 @@
+"""torch.compile: one program in both passes, so that the reversal stays exact."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import relative_error
+from torch import nn
+
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="torch.compile needs a C++ compiler"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+class Chain(nn.Module):
+    """Long pointwise chains, which the compiler fuses otherwise with gradients than without: half precision then rounds at other places."""
+
+    def __init__(self, dropout: float, width: int = 64) -> None:
+        super().__init__()
+        self.first, self.last, self.dropout = nn.LayerNorm(width), nn.RMSNorm(width), nn.Dropout(dropout)
+        self.up, self.gate, self.down = nn.Linear(width, 4 * width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, z, x):
+        h = self.first(z + x)
+        inner = self.dropout(nn.functional.gelu(self.up(h)) * torch.sigmoid(self.gate(h)))
+        return self.last(x + self.down(inner) * torch.tanh(h))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16 autocast"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("how", ["block.compile()", "torch.compile(block)"])
+def test_a_compiled_block_is_reversed_exactly(how, dropout, precision):
+    gradients = {}
+    for mode in ("reversible", "backprop"):
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        block, x = Chain(dropout).to(dtype), torch.randn(4, 32, 64, dtype=dtype, requires_grad=True)
+        if how == "block.compile()":
+            block.compile()
+            compiled = block
+        else:
+            compiled = torch.compile(block)
+        layer = ReversibleFixedPoint(compiled, beta=0.8, max_steps=5, gradient=mode, drift_policy="raise")
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.endswith("autocast")):
+            z = layer(x).z
+        z.float().square().sum().backward()
+        assert layer.drift == 0
+        gradients[mode] = [x.grad, *(p.grad for p in block.parameters())]
+    for a, b in zip(*gradients.values(), strict=True):
+        assert relative_error(a.float(), b.float()) < (1e-5 if precision == "float32" else 5e-2)
+
+
+def test_a_whole_compiled_model_compiles_the_block_by_itself():
+    torch.manual_seed(0)
+    model = RevDEQForCausalLM(
+        RevDEQConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3, drift_policy="raise")
+    )
+    ids = torch.randint(0, 64, (2, 16))
+    expected = model(ids, labels=ids).loss
+    got = torch.compile(model)(ids, labels=ids).loss
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    got.backward()
+    assert model.model.solve.drift == 0
+    assert model.model.solve._compiled_block is not None
+    assert not any("_orig_mod" in name for name in model.state_dict())
