@@ -5,7 +5,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def keep(name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
+def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
     """Seconds of each function, run in turn so that all meet the same machine."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warm_up + repeats):

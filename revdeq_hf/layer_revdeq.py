@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -291,7 +292,7 @@ class ReversibleFixedPoint(nn.Module):
             raise ValueError(f"adjoint_tol must be a finite number >= 0, got {adjoint_tol!r}")
         self._approximation = Approximation(solver, self.beta, solver_memory, adjoint_tol, adjoint_max_steps, phantom_steps)
         self.statistics: SolveStatistics | None = None
-        self._compiled_block: list[nn.Module] | None = None
+        self._compiled_block: list[Any] | None = None
         self._certificate = Certificate(drift_policy)
 
     @property

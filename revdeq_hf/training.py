@@ -11,6 +11,9 @@ import datasets
 import evaluate
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -128,6 +131,38 @@ def text_scores(nats: float, tokens: int, words: int, bytes: int) -> dict[str, f
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made while it is on, on any device: those still alive, and the most that were alive at once.
+
+    Exact where a process's memory is not (allocators keep freed memory), and slow: it looks at every operation.
+
+    Example:
+        >>> with LiveBytes() as memory:
+        ...     kept = torch.ones(1000)
+        ...     also = (torch.ones(1000) + 1).sum()
+        >>> memory.alive(), memory.peak
+        (4004, 12000)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[StorageWeakRef, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        self.peak = max(self.peak, self.alive())
+        return out
+
+    def alive(self) -> int:
+        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
+        return sum(self.storages.values())
 
 
 def text_size(texts: Iterable[str]) -> dict[str, int]:

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SHARED = Path(__file__).parents[2] / "shared"  # material that a clone does not have
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -67,28 +65,6 @@ def make_block(kind: str, **kwargs):
     if kind == "convolution":
         return ConvBlock(), torch.randn(3, 8, 5, 7, requires_grad=True)
     return TupleBlock(), (torch.randn(3, 8, requires_grad=True), torch.randn(3, 5, requires_grad=True))
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is on: those still alive, and the most that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[StorageWeakRef(storage)] = storage.nbytes()
-        self.peak = max(self.peak, self.alive())
-        return out
-
-    def alive(self) -> int:
-        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
-        return sum(self.storages.values())
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

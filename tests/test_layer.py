@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from conftest import AttentionBlock, LiveBytes, make_block, relative_error
+from conftest import AttentionBlock, make_block, relative_error
 from torch import nn
 
 from revdeq_hf import DriftError, ReversibleFixedPoint
+from revdeq_hf.training import LiveBytes
 
 BETAS = [0.3, 0.5, 0.7, 0.75, 0.8, 0.9, 1.2, 1.5]
 STEPS = [1, 4, 13, 40]  # 40 is past the bits of one segment for every beta
