@@ -26,10 +26,10 @@ Algebra inverts both lines, floating point does not: dividing by `1 - beta` mult
 `f` sees the same float in both directions, so if `f` itself is repeatable the reconstruction is exact for every rational
 beta, any number of steps and any precision of `f`.
 
-Why this representation: `python benchmarks/state_update.py` measures a half step (scale, clamp, round, accumulate, read back) on 524,288 elements. A
-float64 accumulator takes two thirds of the time, but holds ten bits fewer, so it spills, which costs an integer division, about twice as often and cannot
-resolve float64 states at all. An int32 state that pushes a remainder at every half step divides every time and takes 3 to 4 times as long. Beside an evaluation of a
-transformer block of width 256 the difference between the first two is 1%.
+Why this representation: `python benchmarks/state_update.py` measures a half step (scale, clamp, round, accumulate, read back) on 524,288 elements and
+two CPU cores. A float64 accumulator takes 0.6 to 1.1 of the time from run to run, but holds ten bits fewer: it spills, which costs integer divisions, about
+twice as often, and cannot resolve float64 states at all. An int32 state that pushes a remainder at every half step divides every time and takes 3 to 6 times
+as long. Beside an evaluation of a transformer block of width 256 the first two differ by about 1%.
 """
 
 import math
