@@ -248,6 +248,13 @@ class RevDEQModel(RevDEQPreTrainedModel):
 
     def _gradient_mode(self, cache: Cache | None, kwargs: dict) -> str:
         """The configured mode, but the stored path where evaluations leave something behind that a recomputation would not."""
+        configured = self.config.gradient
+        if not torch.is_grad_enabled():
+            return configured
+        if configured in ("implicit", "phantom"):
+            if cache is not None:
+                raise ValueError(f"gradient={configured!r} evaluates the block again, which would write to the cache; pass use_cache=False")
+            return configured
         recording = any(kwargs.get(name) or getattr(self.config, name, False) for name in ("output_hidden_states", "output_attentions"))
         if cache is not None or recording:
             return "backprop"

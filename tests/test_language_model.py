@@ -174,6 +174,19 @@ def test_with_tol_each_example_stops_and_generation_runs_without_a_cache():
             model(IDS[:, :1], past_key_values=filled)
 
 
+@pytest.mark.parametrize("solver", ["reversible", "anderson", "picard"])
+def test_approximate_gradients_train_and_generate(solver):
+    model = small(solver=solver, gradient="implicit", beta=0.8, max_steps=8)
+    model(IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    settings = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert torch.equal(model.generate(IDS, **settings), model.generate(IDS, use_cache=False, **settings))
+    with torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(IDS[:, :1], past_key_values=cache)
+
+
 def test_hidden_states_and_attentions():
     model = small(attn_implementation="eager")
     out = model(IDS, output_hidden_states=True, output_attentions=True)

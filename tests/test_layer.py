@@ -117,6 +117,14 @@ def test_gradients_equal_finite_differences():
         assert torch.autograd.gradcheck(lambda a, b, layer=layer: layer(a, z0=b).z, (x, z0), eps=1e-5, atol=1e-5, rtol=1e-3)
 
 
+def test_second_derivatives_where_everything_is_stored():
+    block = AttentionBlock(width=4, heads=1).double()
+    x = torch.randn(1, 2, 4, dtype=torch.float64, requires_grad=True)
+    layer = ReversibleFixedPoint(block, beta=0.8, max_steps=3, gradient="backprop")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the fused kernels have no second derivative
+        assert torch.autograd.gradgradcheck(lambda a: layer(a).z, (x,), eps=1e-5, atol=1e-4, rtol=1e-3)
+
+
 def test_the_iteration_is_the_papers():
     """Written out in floating point."""
     block, x = make_block("attention")
