@@ -176,6 +176,7 @@ class Solve:
     Args:
         evaluator: calls the block.
         beta, max_steps, tol: as in `ReversibleFixedPoint`.
+        record: whether to keep `trajectory`, the values of z after each step, and `step_residuals`, those at the start of each step.
 
     Attributes after `iterate`:
         taken, entered, evaluations: steps executed (the most of all examples), those begun (one more where `tol` ended it), calls of the block.
@@ -184,8 +185,11 @@ class Solve:
         clamped, nonfinite: (batch,) int64, evaluations in which a value left `[-R, R]`, or was not finite.
     """
 
-    def __init__(self, evaluator: Evaluator, beta: float, max_steps: int, tol: float | None) -> None:
+    def __init__(self, evaluator: Evaluator, beta: float, max_steps: int, tol: float | None, record: bool = False) -> None:
         self.evaluator = evaluator
+        self.record = record
+        self.trajectory: list[State] = []
+        self.step_residuals: list[torch.Tensor] = []
         self.max_steps = max_steps
         self.tol = tol
         self.resolution: Resolution = resolution_for(beta, evaluator.dtype)
@@ -263,7 +267,7 @@ class Solve:
                 self.phase = 0 if self.active is None else torch.where(self.active, 0, self.phase)
                 y_values, z_values = renew(y, y_values), renew(z, z_values)
             f = evaluate(z_values, 2 * step)
-            if self.tol is not None or step == self.max_steps - 1:
+            if self.tol is not None or self.record or step == self.max_steps - 1:
                 self._measure(f, z_values)
                 if self.active is not None and not self.active.any():  # the one host synchronisation a step, with tol only
                     break
@@ -273,6 +277,8 @@ class Solve:
             f = evaluate(y_values, 2 * step + 1)
             advance(z, f, phase)
             z_values = renew(z, z_values, f)
+            if self.record:
+                self.trajectory.append(z_values)
             self.taken = step + 1
             if self.steps is not None and self.active is not None:
                 self.steps = self.steps + self.active
@@ -306,6 +312,8 @@ class Solve:
                 self.residual = residual
             else:
                 self.residual = torch.where(self.active, residual, self.residual)
+            if self.record:
+                self.step_residuals.append(self.residual)
             if self.active is not None and self.tol is not None:
                 self.active = self.active & ~(residual <= self.tol)
 

@@ -31,6 +31,7 @@ class FloatSolve:
         residual: (batch,) float32, at the start of an example's last step, or of `z` where that met `tol`.
         nonfinite: (batch,) int64, evaluations that were not finite.
         evaluations: calls of `f`.
+        trajectory, step_residuals: where they were asked for, the states after and the residuals at the start of each step.
     """
 
     z: torch.Tensor
@@ -38,6 +39,8 @@ class FloatSolve:
     residual: torch.Tensor
     nonfinite: torch.Tensor
     evaluations: int
+    trajectory: list[torch.Tensor]
+    step_residuals: list[torch.Tensor]
 
 
 def find_fixed_point(
@@ -50,6 +53,7 @@ def find_fixed_point(
     beta: float,
     memory: int,
     floor: float,
+    record: bool = False,
 ) -> FloatSolve:
     """Runs a solver.
 
@@ -62,6 +66,7 @@ def find_fixed_point(
         beta: relaxation of "relaxed" and "anderson".
         memory: iterates of "anderson", updates of "broyden"; each costs two state tensors.
         floor: added to the norm of f in the residual.
+        record: whether to keep the states and residuals of all steps.
 
     Follows autograd where it is on and the solver is one of `DIFFERENTIABLE_SOLVERS`.
     """
@@ -81,6 +86,8 @@ def find_fixed_point(
     nonfinite = torch.zeros_like(steps)
     residual = torch.zeros(batch, device=z.device)
     evaluations = 0
+    trajectory: list[torch.Tensor] = []
+    step_residuals: list[torch.Tensor] = []
     for half in range(2 * max_steps):
         value = f(z)
         evaluations += 1
@@ -90,13 +97,17 @@ def find_fixed_point(
             if half % 2 == 0:
                 relative = torch.linalg.vector_norm((value - z).float(), dim=1) / (floor + size)
                 residual = torch.where(active, relative, residual)
+                if record:
+                    step_residuals.append(residual)
                 if tol is not None:
                     active = active & ~(relative <= tol)
                     if not active.any():
                         break
                 steps += active
         z = torch.where(active[:, None], update(z, value), z)
-    return FloatSolve(z, steps, residual, nonfinite, evaluations)
+        if record and half % 2:
+            trajectory.append(z)
+    return FloatSolve(z, steps, residual, nonfinite, evaluations, trajectory, step_residuals)
 
 
 def _picard(z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -55,7 +55,13 @@ def unflatten(flat: torch.Tensor, evaluator: Evaluator) -> State:
 
 
 def solve_float(
-    evaluator: Evaluator, z0: State | None, max_steps: int, tol: float | None, settings: Approximation, recompute_before: int | None
+    evaluator: Evaluator,
+    z0: State | None,
+    max_steps: int,
+    tol: float | None,
+    settings: Approximation,
+    recompute_before: int | None,
+    record: bool = False,
 ) -> tuple[State, FloatSolve]:
     """Runs a solver that is not reversible. With `recompute_before` autograd follows it (see `stored_evaluation`), with None it does not."""
     numbers = iter(range(2 * max_steps))
@@ -72,6 +78,7 @@ def solve_float(
             beta=settings.beta,
             memory=settings.memory,
             floor=RESIDUAL_FLOOR,
+            record=record,
         )
         bad = solution.nonfinite > 0
         z = tuple(part.masked_fill(per_row(bad, part), torch.nan) for part in unflatten(solution.z, evaluator))

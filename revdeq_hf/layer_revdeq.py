@@ -21,7 +21,7 @@ from .adjoint_revdeq import (
     trainable_parameters,
 )
 from .fixed_point_solvers_revdeq import DIFFERENTIABLE_SOLVERS, FLOAT_SOLVERS
-from .implicit_revdeq import Approximation, attach_implicit, attach_phantom, solve_float
+from .implicit_revdeq import Approximation, attach_implicit, attach_phantom, solve_float, unflatten
 from .solver_revdeq import rational_beta
 
 EXACT_MODES = ("reversible", "checkpoint", "backprop")
@@ -70,9 +70,14 @@ class FixedPointSolution(SolveStatistics):
     Attributes:
         z: the fixed point, of the form of `x` (or `z0`): a tensor, or a tuple of tensors. NaN in every element of an example in which
             the block was not finite.
+        trajectory: where `output_trajectory=True` asked for it, the states after each step, of the form of `z`; else None. Differentiable with the
+            gradients "checkpoint" and "backprop", detached otherwise.
+        step_residuals: the residuals at the start of each step, (steps begun, batch) float32, where the trajectory was asked for; else None.
     """
 
     z: torch.Tensor | tuple[torch.Tensor, ...]
+    trajectory: list[torch.Tensor | tuple[torch.Tensor, ...]] | None = None
+    step_residuals: torch.Tensor | None = None
 
 
 # FSDP puts its backward hooks on the tensors that torch's pytree finds in a module's output
@@ -100,7 +105,8 @@ class _Glances:
         if wait or number.device.type == "cpu":
             act(float(number))
             return
-        copied = number.to("cpu", non_blocking=True)
+        copied = torch.empty_like(number, device="cpu", pin_memory=True)  # into pageable memory the host would wait for the copy
+        copied.copy_(number, non_blocking=True)
         event = torch.Event(number.device)
         event.record()
         self._waiting = [*self._waiting[-8:], (copied, event, act)]
@@ -311,7 +317,14 @@ class ReversibleFixedPoint(nn.Module):
         return f"beta={self.beta:g}, max_steps={self.max_steps}, tol={self.tol}, gradient={self.gradient!r}, solver={self.solver!r}"
 
     def forward(
-        self, x, *context, z0=None, max_steps: int | None = None, gradient: str | None = None, **block_kwargs
+        self,
+        x,
+        *context,
+        z0=None,
+        max_steps: int | None = None,
+        gradient: str | None = None,
+        output_trajectory: bool = False,
+        **block_kwargs,
     ) -> FixedPointSolution:
         """Solves for the fixed point.
 
@@ -321,6 +334,7 @@ class ReversibleFixedPoint(nn.Module):
             z0: start state instead of zero, of the state's form. Gets a gradient. Values beyond the state limit (2048 for beta < 1) are clamped
                 and counted.
             max_steps, gradient: instead of the layer's.
+            output_trajectory: also return the state after every step and the residual at the start of every step; costs a state tensor a step.
             block_kwargs: keyword arguments of the block; tensors in them get gradients.
 
         Returns:
@@ -330,10 +344,10 @@ class ReversibleFixedPoint(nn.Module):
             ValueError, TypeError: arguments, or what the block returns, do not fit; nothing has been changed then.
             DriftError: in the backward pass, see `drift_policy`.
         """
-        return self._solve(torch.compiler.is_compiling(), x, context, z0, max_steps, gradient, block_kwargs)
+        return self._solve(torch.compiler.is_compiling(), x, context, z0, max_steps, gradient, output_trajectory, block_kwargs)
 
     @torch.compiler.disable
-    def _solve(self, compiling: bool, x, context, z0, max_steps, gradient, block_kwargs) -> FixedPointSolution:
+    def _solve(self, compiling: bool, x, context, z0, max_steps, gradient, output_trajectory, block_kwargs) -> FixedPointSolution:
         """Eager; where the caller is being compiled, the block is compiled by itself, and the same program serves both passes."""
         block = self.block
         if compiling:
@@ -356,7 +370,7 @@ class ReversibleFixedPoint(nn.Module):
         recompute_before = 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0
         follow = wants_gradient and mode in EXACT_MODES
         if self.solver == "reversible":
-            solve = Solve(evaluator, self.beta, steps, self.tol)
+            solve = Solve(evaluator, self.beta, steps, self.tol, output_trajectory)
             if not follow:
                 z = solve_plain(solve, start)
             elif mode == "reversible":
@@ -368,16 +382,24 @@ class ReversibleFixedPoint(nn.Module):
             if taken is None:
                 taken = torch.full((state[0].shape[0],), steps, dtype=torch.int64, device=state[0].device)
             self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, solve.clamped, solve.nonfinite)
+            states, residuals = solve.trajectory, solve.step_residuals
             self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
-            z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recompute_before if follow else None)
+            z, found = solve_float(
+                evaluator, start, steps, self.tol, self._approximation, recompute_before if follow else None, output_trajectory
+            )
+            states, residuals = [unflatten(state, evaluator) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
             self.statistics = SolveStatistics(found.steps, found.residual, found.evaluations, clamped, found.nonfinite)
         if wants_gradient and mode == "implicit":
             z = attach_implicit(evaluator, z, self._approximation, self._certificate)
         elif wants_gradient and mode == "phantom":
             z = attach_phantom(evaluator, z, self._approximation)
-        return FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
+        solution = FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
+        if output_trajectory:
+            solution.trajectory = [state if is_tuple else state[0] for state in states]
+            solution.step_residuals = torch.stack(residuals)
+        return solution
 
 
 def check_steps(max_steps: int) -> int:

@@ -16,15 +16,26 @@ STEPS = [1, 4, 13, 40]  # 40 is past the bits of one segment for every beta
 PRECISIONS = ["float32", "bfloat16 autocast", "bfloat16", "float16", "float64"]
 
 
-def run(kind, gradient, beta=0.8, steps=4, precision="float32", dropout=0.0, start=False, loss_scale=1.0, training=True, **layer_kwargs):
+def run(
+    kind,
+    gradient,
+    beta=0.8,
+    steps=4,
+    precision="float32",
+    dropout=0.0,
+    start=False,
+    loss_scale=1.0,
+    training=True,
+    device="cpu",
+    **layer_kwargs,
+):
     """One training step; returns the solution, the layer, and the gradients of parameters, x and z0."""
     block, x = make_block(kind, **({"dropout": dropout} if dropout else {}))
     parts = x if isinstance(x, tuple) else (x,)
     autocast = precision.endswith("autocast")
-    if not autocast:
-        dtype = getattr(torch, precision)
-        block.to(dtype)
-        parts = tuple(part.detach().to(dtype).requires_grad_() for part in parts)
+    dtype = torch.float32 if autocast else getattr(torch, precision)
+    block.to(device, dtype)
+    parts = tuple(part.detach().to(device, dtype).requires_grad_() for part in parts)
     z0 = tuple(torch.randn_like(part).requires_grad_() for part in parts) if start else None
     block.train(training)
     calls: list[int] = []
@@ -32,11 +43,11 @@ def run(kind, gradient, beta=0.8, steps=4, precision="float32", dropout=0.0, sta
     layer = ReversibleFixedPoint(block, beta=beta, max_steps=steps, gradient=gradient, **layer_kwargs)
     torch.manual_seed(1)
     single = not isinstance(x, tuple)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+    with torch.autocast(device, dtype=getattr(torch, precision.split()[0]) if autocast else None, enabled=autocast):
         solution = layer(parts[0] if single else parts, z0=None if z0 is None else (z0[0] if single else z0))
     forward_calls = len(calls)
     z = (solution.z,) if single else solution.z
-    loss = sum((part.float() * torch.linspace(-1, 1, part.shape[-1])).sum() for part in z) * loss_scale
+    loss = sum((part.float() * torch.linspace(-1, 1, part.shape[-1], device=device)).sum() for part in z) * loss_scale
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in block.named_parameters()}
     gradients.update({f"x{i}": part.grad for i, part in enumerate(parts)})
@@ -171,6 +182,27 @@ def test_law_3_memory_does_not_grow_with_the_steps():
         few, many = live_bytes(other, 4), live_bytes(other, 27)
         assert many[0] - few[0] >= 2 * 23 * state, other
         assert many[1] > peak, other
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "implicit"])
+@pytest.mark.parametrize("tol", [None, 0.02])
+def test_trajectory(gradient, tol):
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=6, gradient=gradient, tol=tol)
+    solution = layer(x, output_trajectory=True)
+    taken = int(solution.steps.max())
+    assert len(solution.trajectory) == taken
+    assert torch.equal(solution.trajectory[-1], solution.z)
+    for count, state in enumerate(solution.trajectory[:2], 1):
+        assert torch.equal(state, layer(x, max_steps=count).z), "a shorter solve is the beginning of a longer one"
+    assert solution.step_residuals.shape == (taken + (taken < 6), 3)
+    assert torch.equal(solution.step_residuals[-1], solution.residual)
+    assert layer(x).trajectory is None
+    differentiable = gradient in ("checkpoint", "backprop")
+    assert solution.trajectory[0].requires_grad == differentiable
+    if differentiable:
+        got = torch.autograd.grad(solution.trajectory[1].sum(), block.up.weight)[0]
+        assert torch.equal(got, torch.autograd.grad(layer(x, max_steps=2).z.sum(), block.up.weight)[0])
 
 
 def test_law_5_training_and_inference_compute_the_same():

@@ -1,0 +1,44 @@
+"""The laws on an accelerator, in every precision it has. Skipped where there is none."""
+
+import pytest
+import torch
+from test_layer import run
+
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "bfloat16 autocast", "float16 autocast", "float64"])
+@pytest.mark.parametrize("kind", ["attention", "convolution", "tuple"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_modes_agree_and_drift_is_zero(kind, precision, dropout):
+    if dropout and kind != "attention":
+        pytest.skip("only the attention block has dropout")
+    deterministic = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        for beta, steps in ((0.5, 4), (0.8, 13), (0.3, 40), (1.2, 64)):
+            settings = dict(beta=beta, steps=steps, precision=precision, dropout=dropout, loss_scale=0.1, device="cuda")
+            exact, stored = run(kind, "reversible", **settings), run(kind, "backprop", **settings)
+            assert exact[1].drift.item() == 0.0
+            z, reference = (s[0].z if isinstance(s[0].z, tuple) else (s[0].z,) for s in (exact, stored))
+            assert all(torch.equal(a, b) for a, b in zip(z, reference, strict=True))
+            for name, gradient in exact[2].items():
+                torch.testing.assert_close(gradient, stored[2][name], rtol=1e-2, atol=1e-4, msg=name)
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+
+
+def test_memory_is_flat():
+    config = RevDEQConfig(vocab_size=512, hidden_size=256, intermediate_size=768, num_attention_heads=4)
+    model = RevDEQForCausalLM(config).cuda()
+    ids = torch.randint(0, 512, (8, 256), device="cuda")
+    peaks = []
+    for steps in (4, 4, 27):
+        torch.cuda.reset_peak_memory_stats()
+        model(ids, labels=ids, max_steps=steps).loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated())
+        model.zero_grad()
+    assert peaks[2] <= 1.05 * peaks[1]
+    assert model.model.solve.drift == 0
