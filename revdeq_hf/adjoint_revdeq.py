@@ -136,12 +136,12 @@ class Evaluator:
         return tuple(value.to(self.dtype) for value in values)
 
     @contextlib.contextmanager
-    def precision(self, cache: bool = False) -> Iterator[None]:
-        """The forward pass's autocast. Without its cache of cast weights by default: the cache would hand weights cast without a graph to a
-        later evaluation that needs one, and makes autograd add up the gradients of all evaluations in half precision."""
+    def precision(self) -> Iterator[None]:
+        """The forward pass's autocast, without its cache of cast weights: the cache would hand weights cast without a graph to an evaluation
+        that needs one, and makes autograd add up the gradients of all evaluations in half precision."""
         with contextlib.ExitStack() as stack:
             for kind, dtype in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cache))
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
             yield
 
     @contextlib.contextmanager
@@ -341,7 +341,8 @@ def evaluate_with_graph(evaluator: Evaluator, state: State, leaves: list[torch.T
         return Evaluation(state, leaves, evaluator(state, leaves))
 
 
-def as_leaves(tensors: "Iterable[torch.Tensor]", needed: "Iterable[bool]") -> list[torch.Tensor]:
+def as_leaves(tensors: Iterable[torch.Tensor], needed: Iterable[bool]) -> list[torch.Tensor]:
+    """Tensors that share memory with `tensors` and begin a graph of their own, requiring grad where it is needed."""
     return [t.detach().requires_grad_() if need else t.detach() for t, need in zip(tensors, needed, strict=True)]
 
 
@@ -395,8 +396,6 @@ class _Reversible(torch.autograd.Function):
         scratch = Scratch()
         y, z = solve.start(z0, scratch), solve.start(z0, scratch)
         out = solve.iterate(y, z, z0, evaluate)
-        if evaluator.autocast:
-            torch.clear_autocast_cache()  # weights were cast without a graph; whoever needs one must not find them
         pair = (*y, *z)
         ctx.save_for_backward(*tensors, *(s.integers for s in pair), *(word for s in pair for word in s.digits.words))
         ctx.packings = [s.digits.packing() for s in pair]

@@ -391,6 +391,8 @@ class ReversibleFixedPoint(nn.Module):
             states, residuals = [unflatten(state, evaluator) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
             self.statistics = SolveStatistics(found.steps, found.residual, found.evaluations, clamped, found.nonfinite)
+        if wants_gradient and evaluator.autocast:
+            torch.clear_autocast_cache()  # weights cast without a graph must not be found by who needs one (torch 2.13 sees to it itself)
         if wants_gradient and mode == "implicit":
             z = attach_implicit(evaluator, z, self._approximation, self._certificate)
         elif wants_gradient and mode == "phantom":

@@ -108,7 +108,8 @@ def resolution_for(beta: float, dtype: torch.dtype) -> Resolution:
     """The resolution for states of `dtype`.
 
     float32, bfloat16 and float16 states are resolved to 2^-24 = 6e-8, float64 states to 2^-40 = 9e-13 (so that finite differences
-    make sense); values of `f` may reach 2048 in either.
+    make sense); values of `f` may reach 2048 in either. Where beta is so near to 2 that the states' bound and a single step would not fit into 64
+    bits beside that (float64, above about 1.98), the resolution is as fine as fits.
 
     Raises:
         ValueError: see `rational_beta`; or a dtype that is not a real floating one.
@@ -120,8 +121,9 @@ def resolution_for(beta: float, dtype: torch.dtype) -> Resolution:
     limit = 2.0**11
     state_limit = limit * float((1 - ratio) / (1 - abs(ratio)))
     # one sign bit, one bit of slack for the rounding of q and the digits below the resolution
-    growth = 62 - bits - math.log2(state_limit)
-    segment = max(1, int(growth / math.log2(ratio.denominator)))
+    free = 62 - math.log2(state_limit)
+    bits = min(bits, int(free - math.log2(ratio.denominator)))
+    segment = int((free - bits) / math.log2(ratio.denominator))
     return Resolution(ratio.numerator, ratio.denominator, bits, limit, state_limit, segment)
 
 
@@ -156,9 +158,8 @@ class Digits:
     def __init__(self) -> None:
         self.words: list[torch.Tensor] = []  # the last one is in use, the others are full
         self._bounds: list[int] = []  # for each word: the values of active rows are below this
-        self._history: list[
-            tuple[int, int, int]
-        ] = []  # for each call: second word's bound or 0, first word's bound before it, its part of the base
+        # for each call: second word's bound or 0, first word's bound before it, its part of the base
+        self._history: list[tuple[int, int, int]] = []
 
     def push(self, digit: torch.Tensor, base: int, active: torch.Tensor | None = None) -> None:
         """Puts a digit in [0, base) on top; one that does not fit into the top word is split between it and a new one."""
@@ -227,10 +228,19 @@ class Digits:
 
 
 class Scratch:
-    """Two tensors that are used again at every half step: fresh memory of their size costs as much as the arithmetic done in it."""
+    """What is made once in a solve and used at every half step: fresh memory costs as much as the arithmetic done in it, and a table that is copied
+    to an accelerator makes the host wait."""
 
     def __init__(self) -> None:
         self._tensors: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._spacings: torch.Tensor | None = None
+
+    def spacings(self, resolution: Resolution, like: torch.Tensor) -> torch.Tensor:
+        """The spacing at each phase, (K + 1,), of the dtype and device of `like`."""
+        if self._spacings is None:
+            table = [resolution.spacing(phase) for phase in range(resolution.segment + 1)]
+            self._spacings = torch.tensor(table, dtype=like.dtype, device=like.device)
+        return self._spacings
 
     def tensors(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A float tensor, wide enough for `f`, and an int64 one, both of its shape."""
@@ -275,8 +285,7 @@ class ExactState:
         if isinstance(phase, int):
             value.mul_(self.resolution.spacing(phase))
         else:
-            spacings = [self.resolution.spacing(p) for p in range(self.resolution.segment + 1)]
-            value.mul_(per_row(torch.tensor(spacings, dtype=wide, device=value.device)[phase], value))
+            value.mul_(per_row(self._scratch.spacings(self.resolution, value)[phase], value))
         return value.to(dtype)
 
     def increment(self, f: torch.Tensor) -> torch.Tensor:

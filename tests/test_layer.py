@@ -361,10 +361,11 @@ def test_autograd_grad_retain_graph_accumulation_and_composition():
         assert torch.equal(a, b)
 
 
-def test_a_weight_cast_without_a_graph_is_not_left_in_the_autocast_cache():
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "implicit", "phantom"])
+def test_a_weight_cast_without_a_graph_is_not_left_in_the_autocast_cache(gradient):
     """The same block used directly after a solve, within one autocast region, must still get gradients."""
     block, x = make_block("attention")
-    layer = ReversibleFixedPoint(block, max_steps=2)
+    layer = ReversibleFixedPoint(block, max_steps=2, gradient=gradient)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x.detach())
         direct = block(x.detach(), x.detach()).float().square().sum()

@@ -57,7 +57,7 @@ def test_digits_cost_the_bits_that_the_contraction_discards(beta):
     assert len(state.digits.words) * 64 <= steps * lost * 64 / 63 + 64 + steps / r.segment
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("beta", [*BETAS, 0.001, 0.123, 0.999, 1.001, 1.99, 1.999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_bits_of_a_segment_fit(beta, dtype):
     r = resolution_for(beta, dtype)
