@@ -10,6 +10,7 @@ greatest absolute difference between the reconstructed and the true start state.
 
 import argparse
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,17 +20,25 @@ from torch import nn
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint
 
 
+def float_iteration(
+    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], x: torch.Tensor, beta: float, steps: int, wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The iteration from zero with states in floating point of dtype `wide`; returns the pair (y, z)."""
+    y = z = torch.zeros_like(x, dtype=wide)
+    for _ in range(steps):
+        y = (1 - beta) * y + beta * call(z.to(x.dtype), x).to(wide)
+        z = (1 - beta) * z + beta * call(y.to(x.dtype), x).to(wide)
+    return y, z
+
+
 class FloatReversal(torch.autograd.Function):
     """The reversal as published: `z = (z' - beta f(y', x)) / (1 - beta)` in floating point."""
 
     drift = 0.0  # of the last backward pass
 
     @staticmethod
-    def forward(ctx, call, block, x, beta, steps, wide, *parameters):
-        y = z = torch.zeros_like(x, dtype=wide)
-        for _ in range(steps):
-            y = (1 - beta) * y + beta * call(z.to(x.dtype), x).to(wide)
-            z = (1 - beta) * z + beta * call(y.to(x.dtype), x).to(wide)
+    def forward(ctx, call, x, beta, steps, wide, *parameters):
+        y, z = float_iteration(call, x, beta, steps, wide)
         ctx.save_for_backward(x, y, z)
         ctx.settings = call, beta, steps, parameters
         return z.to(x.dtype)
@@ -58,8 +67,8 @@ class FloatReversal(torch.autograd.Function):
             gz = (1 - beta) * gz + more
             y = (y - beta * f) / (1 - beta)
             gy = (1 - beta) * gy
-        FloatReversal.drift = max(y.abs().max().item(), z.abs().max().item())
-        return None, None, sums[0], None, None, None, *sums[1:]
+        FloatReversal.drift = torch.stack([y, z]).abs().max().item()
+        return None, sums[0], None, None, None, *sums[1:]
 
 
 class FloatSolve(nn.Module):
@@ -79,13 +88,9 @@ class FloatSolve(nn.Module):
                 return self.block(z, x, **kwargs).to(x.dtype)
 
         if self.stored:
-            beta = self.beta
-            y = z = torch.zeros_like(x, dtype=self.wide)
-            for _ in range(max_steps):
-                y = (1 - beta) * y + beta * call(z.to(x.dtype), x).to(self.wide)
-                z = (1 - beta) * z + beta * call(y.to(x.dtype), x).to(self.wide)
+            _, z = float_iteration(call, x, self.beta, max_steps, self.wide)
             return argparse.Namespace(z=z.to(x.dtype), steps=None, residual=None)
-        z = FloatReversal.apply(call, self.block, x, self.beta, max_steps, self.wide, *self.block.parameters())
+        z = FloatReversal.apply(call, x, self.beta, max_steps, self.wide, *self.block.parameters())
         return argparse.Namespace(z=z, steps=None, residual=None)
 
 
