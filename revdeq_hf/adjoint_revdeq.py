@@ -72,12 +72,19 @@ def _set_generator_states(states: list[torch.Tensor], device: torch.device) -> N
         torch.get_device_module(device).set_rng_state(states[1], device)
 
 
+@torch.no_grad()
+def _set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
+    for buffer, value in values:
+        buffer.copy_(value)
+
+
 class Evaluator:
     """Calls the block so that the same state gives the same bits, at any later time.
 
-    It restores what a recomputation would otherwise lose: the autocast state of the forward pass, and the random numbers. All evaluations
-    of a solve draw the same random numbers (one dropout mask per solve), so that `f` is one map, with a fixed point,
-    during the solve. Whether the block draws any is seen at its first evaluation.
+    It restores what a recomputation would otherwise lose: the autocast state of the forward pass, the random numbers, and the buffers that modules in
+    training mode change (spectral norm's vectors). All evaluations of a solve draw the same random numbers (one dropout mask per
+    solve) and begin with the same buffers, so that `f` is one map, with a fixed point, during the solve; for the caller, a solve moves generators and
+    buffers on as one call of the block does. What the block draws and changes is seen at its first evaluation.
 
     Args:
         block: called as `block(z, x, *context, **kwargs)`.
@@ -95,6 +102,7 @@ class Evaluator:
         self.dtype = state[0].dtype
         self.device = state[0].device
         self.random = False
+        self._changed: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that an evaluation changes, with their values before it
         self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
         self._generators: list[torch.Tensor] | None = None
         kinds = {self.device.type, "cpu"} - {"meta"}
@@ -103,17 +111,26 @@ class Evaluator:
     def __call__(self, state: State, tensors: list[torch.Tensor]) -> State:
         """`f(state)` in the dtypes of the state; `tensors` take the places of the call's own."""
         x, context, kwargs = _put_tensors(self.template, tensors)
-        first = self._generators is None
-        if first:
-            self._generators = _generator_states(self.device)
-        elif self.random:
-            assert self._generators is not None
-            _set_generator_states(self._generators, self.device)
-        out = self.block(state if self.is_tuple else state[0], x, *context, **kwargs)
-        if first:
-            assert self._generators is not None
-            after = _generator_states(self.device)
-            self.random = not all(torch.equal(a, b) for a, b in zip(self._generators, after, strict=True))
+        z = state if self.is_tuple else state[0]
+        if self._generators is not None:
+            if self.random:
+                _set_generator_states(self._generators, self.device)
+            _set_buffers(self._changed)
+            return self._checked(self.block(z, x, *context, **kwargs))
+        self._generators = _generator_states(self.device)
+        buffers = [b for m in self.block.modules() if m.training for b in m._buffers.values() if b is not None and not b.is_inference()]
+        self._changed = [(buffer, buffer.clone()) for buffer in buffers]
+        inputs = [t for t in (*state, *tensors) if not t.is_inference()]
+        versions = [t._version for t in (*buffers, *inputs)]
+        out = self.block(z, x, *context, **kwargs)
+        moved = [t._version != version for t, version in zip((*buffers, *inputs), versions, strict=True)]
+        self._changed = [pair for pair, change in zip(self._changed, moved, strict=False) if change]
+        self.random = not all(torch.equal(a, b) for a, b in zip(self._generators, _generator_states(self.device), strict=True))
+        if any(moved[len(buffers) :]):
+            raise ValueError(
+                "the block changes one of its inputs in place, so a second evaluation would meet another map; "
+                "use out-of-place operations on z, x and the context (z + x, not z.add_(x))"
+            )
         return self._checked(out)
 
     def _checked(self, out: Any) -> State:
@@ -144,17 +161,31 @@ class Evaluator:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
             yield
 
-    @contextlib.contextmanager
-    def replay(self) -> Iterator[None]:
-        """Around recomputation: leaves the user's generators as they are."""
-        if not self.random:
-            yield
-            return
-        users = _generator_states(self.device)
-        try:
-            yield
-        finally:
-            _set_generator_states(users, self.device)
+    def replay(self) -> "_Replay":
+        """A context around recomputation, which leaves the user's generators and the block's buffers as they are; may be entered again."""
+        return _Replay(self)
+
+    def rewind(self) -> None:
+        """Puts generators and buffers back to where they were before the solve, which has failed."""
+        if self._generators is not None:
+            _set_generator_states(self._generators, self.device)
+            _set_buffers(self._changed)
+
+
+class _Replay:
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self.kept: list[tuple[list[torch.Tensor] | None, list[tuple[torch.Tensor, torch.Tensor]]]] = []
+
+    def __enter__(self) -> None:
+        generators = _generator_states(self.evaluator.device) if self.evaluator.random else None
+        self.kept.append((generators, [(buffer, buffer.clone()) for buffer, _ in self.evaluator._changed]))
+
+    def __exit__(self, *error: Any) -> None:
+        generators, buffers = self.kept.pop()
+        if generators is not None:
+            _set_generator_states(generators, self.evaluator.device)
+        _set_buffers(buffers)
 
 
 class _Relax(torch.autograd.Function):
@@ -176,35 +207,39 @@ class Solve:
     Args:
         evaluator: calls the block.
         beta, max_steps, tol: as in `ReversibleFixedPoint`.
+        row_dims: leading dimensions of the state whose entries, its rows, are measured and stopped by themselves.
         record: whether to keep `trajectory`, the values of z after each step, and `step_residuals`, those at the start of each step.
 
     Attributes after `iterate`:
-        taken, entered, evaluations: steps executed (the most of all examples), those begun (one more where `tol` ended it), calls of the block.
-        steps: (batch,) int64, or None where every example took `taken` (no `tol`).
-        residual: (batch,) float32, of the state at the start of an example's last step, or of the state it returns where that met `tol`.
-        clamped, nonfinite: (batch,) int64, evaluations in which a value left `[-R, R]`, or was not finite.
+        taken, entered, evaluations: steps executed (the most of all rows), those begun (one more where `tol` ended it), calls of the block.
+        steps: int64 for each row, or None where every row took `taken` (no `tol`).
+        residual: float32 for each row, of the state at the start of its last step, or of the state it returns where that met `tol`.
+        clamped, nonfinite: int64 for each row, evaluations in which a value left `[-R, R]`, or was not finite.
     """
 
-    def __init__(self, evaluator: Evaluator, beta: float, max_steps: int, tol: float | None, record: bool = False) -> None:
+    def __init__(
+        self, evaluator: Evaluator, beta: float, max_steps: int, tol: float | None, row_dims: int = 1, record: bool = False
+    ) -> None:
         self.evaluator = evaluator
+        self.row_dims = row_dims
         self.record = record
         self.trajectory: list[State] = []
         self.step_residuals: list[torch.Tensor] = []
         self.max_steps = max_steps
         self.tol = tol
         self.resolution: Resolution = resolution_for(beta, evaluator.dtype)
-        batch, device = evaluator.shapes[0][0], evaluator.device
+        self.rows, device = evaluator.shapes[0][:row_dims], evaluator.device
         self.taken = self.entered = self.evaluations = 0
         self.active: torch.Tensor | None = None
         self.steps: torch.Tensor | None = None
         self.phase: int | torch.Tensor = 0
         if tol is not None:
-            self.active = torch.ones(batch, dtype=torch.bool, device=device)
-            self.steps = torch.zeros(batch, dtype=torch.int64, device=device)
-            self.phase = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.active = torch.ones(self.rows, dtype=torch.bool, device=device)
+            self.steps = torch.zeros(self.rows, dtype=torch.int64, device=device)
+            self.phase = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.residual: torch.Tensor | None = None
-        self.clamped = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.nonfinite = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.clamped = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self.nonfinite = torch.zeros(self.rows, dtype=torch.int64, device=device)
 
     def start(self, z0: State | None, scratch: Scratch) -> list[ExactState]:
         """The start state as integers; zero where `z0` is None."""
@@ -235,7 +270,7 @@ class Solve:
             differentiable: whether autograd shall see the loop.
 
         Returns:
-            The value of z after the last step; NaN in the examples in which f was not finite.
+            The value of z after the last step; NaN in the rows in which f was not finite.
         """
         segment, limit = self.resolution.segment, self.resolution.value_limit
         z_values = self.values(z, self.phase)
@@ -250,9 +285,10 @@ class Solve:
             new = self.values(states, self.phase)
             if not differentiable:
                 return new
-            keep, gain = (1.0, None) if f is None else self.coefficients(self.active, new[0])
-            parts = f or (None,) * len(new)
-            return tuple(_Relax.apply(a, b, c, keep, gain) for a, b, c in zip(old, parts, new, strict=True))
+            if f is None:
+                return tuple(with_value(a, b) for a, b in zip(old, new, strict=True))
+            factors = (self.coefficients(self.active, part) for part in new)
+            return tuple(_Relax.apply(a, b, c, *both) for a, b, c, both in zip(old, f, new, factors, strict=True))
 
         def advance(states: list[ExactState], f: State, phase: int) -> None:
             for state, part in zip(states, f, strict=True):
@@ -287,27 +323,28 @@ class Solve:
         return tuple(value.masked_fill(per_row(bad, value), torch.nan) for value in z_values)
 
     def coefficients(self, active: torch.Tensor | None, like: torch.Tensor) -> tuple:
-        """`(1 - beta, beta)`; where only some rows are active, a column per row, with (1, 0) in the others."""
+        """`(1 - beta, beta)` for a tensor of the state; where only some rows are active, tensors that broadcast to it, with (1, 0) in the others."""
         r = self.resolution
         if active is None:
             return r.contraction, r.beta
-        keep = torch.ones_like(active, dtype=like.dtype).masked_fill(active, r.contraction)
-        gain = torch.zeros_like(active, dtype=like.dtype).masked_fill(active, r.beta)
-        return per_row(keep, like), per_row(gain, like)
+        mask = per_row(active, like)
+        keep = torch.ones_like(mask, dtype=like.dtype).masked_fill(mask, r.contraction)
+        gain = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, r.beta)
+        return keep, gain
 
     def _count(self, values: torch.Tensor, limit: float) -> None:
         if not values.numel():
             return
-        low, high = torch.aminmax(rows(values), dim=1)
+        low, high = torch.aminmax(rows(values, self.row_dims), dim=-1)
         finite = torch.isfinite(low) & torch.isfinite(high)
         outside = finite & ((low < -limit) | (high > limit))
         self.nonfinite += ~finite if self.active is None else ~finite & self.active
         self.clamped += outside if self.active is None else outside & self.active
 
     def _measure(self, f: State, z: State) -> None:
-        """Residuals of the examples still active, which cease to be where they meet `tol`."""
+        """Residuals of the rows still active, which cease to be where they meet `tol`."""
         with torch.no_grad():
-            residual = residual_of(f, z)
+            residual = residual_of(f, z, self.row_dims)
             if self.active is None or self.residual is None:
                 self.residual = residual
             else:
@@ -318,10 +355,11 @@ class Solve:
                 self.active = self.active & ~(residual <= self.tol)
 
 
-def residual_of(f: State, z: State) -> torch.Tensor:
-    """`||f - z|| / (1e-5 + ||f||)` per example, (batch,) float32, over all tensors of the state; NaN where `f` is not finite."""
-    difference = torch.stack([torch.linalg.vector_norm(rows(a - b).float(), dim=1) for a, b in zip(f, z, strict=True)])
-    size = torch.stack([torch.linalg.vector_norm(rows(a).float(), dim=1) for a in f])
+def residual_of(f: State, z: State, row_dims: int = 1) -> torch.Tensor:
+    """`||f - z|| / (1e-5 + ||f||)` of each row, float32, over all tensors of the state; NaN where `f` is not finite."""
+    norm = lambda part: torch.linalg.vector_norm(rows(part, row_dims).float(), dim=-1)  # noqa: E731
+    difference = torch.stack([norm(a - b) for a, b in zip(f, z, strict=True)])
+    size = torch.stack([norm(a) for a in f])
     return difference.norm(dim=0) / (RESIDUAL_FLOOR + size.norm(dim=0))
 
 
@@ -457,14 +495,14 @@ class _Reversible(torch.autograd.Function):
                 if step < solve.taken:
                     active = None if solve.steps is None else solve.steps > step
                     before = phase - 1 if active is None else phase - active.long()
-                    keep, gain = solve.coefficients(active, gz[0])
-                    f, gy = evaluate_and_pull(y, phase, tuple(gain * g for g in gz), gy)
+                    factors = [solve.coefficients(active, g) for g in gz]
+                    f, gy = evaluate_and_pull(y, phase, tuple(gain * g for (_, gain), g in zip(factors, gz, strict=True)), gy)
                     for state, part in zip(z, f, strict=True):
                         state.retreat(part, step % segment, active)
-                    kept_z, kept_y = tuple(keep * g for g in gz), tuple(keep * g for g in gy)
+                    kept_z, kept_y = (tuple(keep * g for (keep, _), g in zip(factors, pair, strict=True)) for pair in (gz, gy))
                     if step == 0:  # y and z are one tensor here
                         kept_z = tuple(a + b for a, b in zip(kept_z, kept_y, strict=True))
-                    f, gz = evaluate_and_pull(z, before, tuple(gain * g for g in gy), kept_z)
+                    f, gz = evaluate_and_pull(z, before, tuple(gain * g for (_, gain), g in zip(factors, gy, strict=True)), kept_z)
                     for state, part in zip(y, f, strict=True):
                         state.retreat(part, step % segment, active)
                     gy = kept_y
@@ -558,8 +596,8 @@ def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[
     def evaluate(state: State, number: int) -> State:
         if number >= recompute_before:
             return call(state)
-        # whether the block draws random numbers is not known before its first evaluation has run
-        return checkpoint(call, state, use_reentrant=False, preserve_rng_state=number == 0 or evaluator.random)
+        contexts = lambda: (contextlib.nullcontext(), evaluator.replay())  # noqa: E731
+        return checkpoint(call, state, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     return evaluate
 

@@ -3,17 +3,19 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .adjoint_revdeq import (
     Evaluation,
     Evaluator,
     Solve,
+    State,
     foreign_leaf,
     solve_plain,
     solve_reversible,
@@ -23,25 +25,25 @@ from .adjoint_revdeq import (
 from .fixed_point_solvers_revdeq import DIFFERENTIABLE_SOLVERS, FLOAT_SOLVERS
 from .implicit_revdeq import Approximation, attach_implicit, attach_phantom, solve_float, unflatten
 from .solver_revdeq import rational_beta
+from .steps_revdeq import check_steps, check_steps_sampling, draw_steps
 
 EXACT_MODES = ("reversible", "checkpoint", "backprop")
 GRADIENT_MODES = (*EXACT_MODES, "implicit", "phantom")
 SOLVERS = ("reversible", *FLOAT_SOLVERS)
 DRIFT_POLICIES = ("warn", "raise", "ignore")
-MAX_STEPS_LIMIT = 100_000
 
 
 @dataclass(repr=False)
 class SolveStatistics:
-    """The figures of a solve.
+    """The figures of a solve, each for every row: (batch,), or (batch, positions) with `row_dims=2`.
 
     Attributes:
-        steps: (batch,) int64, steps taken by each example.
-        residual: (batch,) float32, `||f(z) - z|| / (1e-5 + ||f(z)||)` over all of an example's state, for the state at the start of the last
-            step, where it costs no evaluation; for an example that met `tol`, of the very state returned.
+        steps: int64, steps taken.
+        residual: float32, `||f(z) - z|| / (1e-5 + ||f(z)||)` over all of a row's state, for the state at the start of the last
+            step, where it costs no evaluation; for a row that met `tol`, of the very state returned.
         evaluations: calls of the block, 2 a step (and one more where `tol` ended the solve).
-        clamped: (batch,) int64, evaluations in which a value of the block was beyond +-2048 and was clamped.
-        nonfinite: (batch,) int64, evaluations in which a value of the block was NaN or infinite.
+        clamped: int64, evaluations in which a value of the block was beyond +-2048 and was clamped.
+        nonfinite: int64, evaluations in which a value of the block was NaN or infinite.
     """
 
     steps: torch.Tensor
@@ -52,9 +54,9 @@ class SolveStatistics:
 
     def __repr__(self) -> str:
         steps, residual = self.steps, self.residual
-        batch = steps.shape[0]
-        if batch == 0:
-            return f"{type(self).__name__}(batch=0)"
+        batch = "x".join(map(str, steps.shape))
+        if steps.numel() == 0:
+            return f"{type(self).__name__}(batch={batch})"
         taken = f"{int(steps.min())}" if int(steps.min()) == int(steps.max()) else f"{int(steps.min())} to {int(steps.max())}"
         shown = "" if residual is None else f", residual mean {residual.mean().item():.3g} max {residual.max().item():.3g}"
         return (
@@ -68,11 +70,11 @@ class FixedPointSolution(SolveStatistics):
     """What a solve returns: its figures, and
 
     Attributes:
-        z: the fixed point, of the form of `x` (or `z0`): a tensor, or a tuple of tensors. NaN in every element of an example in which
+        z: the fixed point, of the form of `x` (or `z0`): a tensor, or a tuple of tensors. NaN in every element of a row in which
             the block was not finite.
         trajectory: where `output_trajectory=True` asked for it, the states after each step, of the form of `z`; else None. Differentiable with the
             gradients "checkpoint" and "backprop", detached otherwise.
-        step_residuals: the residuals at the start of each step, (steps begun, batch) float32, where the trajectory was asked for; else None.
+        step_residuals: the residuals at the start of each step, (steps begun, *rows) float32, where the trajectory was asked for; else None.
     """
 
     z: torch.Tensor | tuple[torch.Tensor, ...]
@@ -164,7 +166,7 @@ class Certificate:
             self._glances.at(drift, self._judge, wait=self.policy == "raise")
 
     def watch_clamping(self, clamped: torch.Tensor, limit: float) -> None:
-        """Called after each solve with the counts of clamped evaluations, (batch,)."""
+        """Called after each solve with the counts of clamped evaluations of the rows."""
         if "clamped" not in self._warned:
             self._glances.at(clamped.sum(), lambda count: self._warn_clamped(count, limit))
 
@@ -172,7 +174,7 @@ class Certificate:
         if count:
             self._warn(
                 "clamped",
-                f"values of the block beyond +-{limit:g} were clamped in {count:g} evaluations of examples: the state grows out of the range in "
+                f"values of the block beyond +-{limit:g} were clamped in {count:g} evaluations of rows: the state grows out of the range in "
                 "which it is kept exactly. Bound the block's output (a norm at its end, smaller weights), lower beta, or scale x down. "
                 "Later occurrences are only counted (solution.clamped)",
             )
@@ -209,14 +211,19 @@ class ReversibleFixedPoint(nn.Module):
     Args:
         block: module called as `block(z, x, *context, **block_kwargs)`; returns what it is given as `z`, in form, shape and dtype (under
             autocast any floating dtype). Examples are the entries of the first dimension and must not influence each other.
-            The same call must give the same result: torch's generators and autocast are replayed (all evaluations of a
-            solve use the same dropout mask); BatchNorm in training mode is refused. A compiled block (`block.compile()`, or `torch.compile` of
+            The same call must give the same result: torch's generators, autocast and the buffers that modules in training mode change (spectral
+            norm) are replayed, so that all evaluations of a solve use the same dropout mask and the same buffers; BatchNorm in training mode is refused.
+            Forward hooks fire at every evaluation, also at those of the backward pass. A compiled block (`block.compile()`, or `torch.compile` of
             the whole model, which compiles the block by itself) runs the same program in both passes.
         beta: relaxation in (0, 2), not 1. Taken to the nearest fraction of a denominator up to 1000, with a warning where
             that differs; `layer.beta` is the value in use. Converges for beta < 2 / (1 + k) if the block is k-Lipschitz in z, k < 1.
         max_steps: N >= 1; a step is two evaluations of the block.
-        tol: None: always `max_steps`. A float >= 0: each example stops at the first step at whose start its relative residual is
+        tol: None: always `max_steps`. A float >= 0: each row stops at the first step at whose start its relative residual is
             at most `tol`; its state is frozen there. Costs one host synchronisation a step and one evaluation to notice the end.
+        row_dims: leading dimensions of the state whose entries are measured and stopped by themselves: 1, examples; 2, for states of shape
+            (batch, positions, ...), also positions. The solvers "picard", "relaxed", "anderson" and "broyden" know examples only.
+        steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}, see `steps_revdeq.py`: in training
+            mode with gradients each solve draws its number of steps, unless `max_steps` is given in the call.
         gradient: "reversible" (states are reconstructed), "checkpoint" (inputs of the evaluations are kept), "backprop" (all is kept): same
             outputs, same gradients. "implicit" and "phantom": same outputs, approximate gradients, none to z0 (see `implicit_revdeq.py`).
         solver: "reversible"; or "picard", "relaxed" (any gradient but "reversible"), "anderson", "broyden" (gradients "implicit" and "phantom"), see
@@ -271,6 +278,8 @@ class ReversibleFixedPoint(nn.Module):
         solver: str = "reversible",
         keep_evaluations: int = 1,
         drift_policy: str = "warn",
+        row_dims: int = 1,
+        steps_sampling: "Mapping[str, Any] | None" = None,
         solver_memory: int = 6,
         adjoint_tol: float = 1e-6,
         adjoint_max_steps: int = 50,
@@ -279,7 +288,7 @@ class ReversibleFixedPoint(nn.Module):
         super().__init__()
         if not isinstance(block, nn.Module):
             raise TypeError(f"block must be a torch.nn.Module, so that its parameters get gradients, got {type(block).__name__}")
-        check_solver_settings(beta, max_steps, tol, gradient, solver, keep_evaluations, drift_policy)
+        check_solver_settings(beta, max_steps, tol, gradient, solver, keep_evaluations, drift_policy, steps_sampling)
         self.block = block
         self.beta = float(rational_beta(beta))
         if not math.isclose(self.beta, beta, rel_tol=1e-12):
@@ -291,6 +300,10 @@ class ReversibleFixedPoint(nn.Module):
         self.gradient = gradient
         self.solver = solver
         self.keep_evaluations = keep_evaluations
+        if row_dims not in (1, 2):
+            raise ValueError(f"row_dims must be 1 (examples) or 2 (positions of examples), got {row_dims!r}")
+        self.row_dims = row_dims
+        self.steps_sampling = None if steps_sampling is None else dict(steps_sampling)
         for name, value in (("solver_memory", solver_memory), ("adjoint_max_steps", adjoint_max_steps), ("phantom_steps", phantom_steps)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
@@ -312,6 +325,11 @@ class ReversibleFixedPoint(nn.Module):
     @property
     def drift_policy(self) -> str:
         return self._certificate.policy
+
+    @property
+    def draws_steps(self) -> bool:
+        """Whether a call without `max_steps` would now draw its number of steps."""
+        return self.steps_sampling is not None and self.training and torch.is_grad_enabled()
 
     def extra_repr(self) -> str:
         return f"beta={self.beta:g}, max_steps={self.max_steps}, tol={self.tol}, gradient={self.gradient!r}, solver={self.solver!r}"
@@ -354,23 +372,46 @@ class ReversibleFixedPoint(nn.Module):
             if self._compiled_block is None:
                 self._compiled_block = [torch.compile(self.block)]  # in a list, which does not make it a submodule
             block = self._compiled_block[0]
-        steps = self.max_steps if max_steps is None else check_steps(max_steps)
+        refuse_function_transforms()
         mode = self.gradient if gradient is None else _check_choice("gradient", gradient, GRADIENT_MODES)
         _check_combination(mode, self.solver)
-        state = _check_state(x if z0 is None else z0, "x" if z0 is None else "z0")
+        state = _check_state(x if z0 is None else z0, "x" if z0 is None else "z0", self.row_dims)
         if z0 is not None and isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != state[0].shape[0]:
             raise ValueError(f"x and z0 must agree in their first dimension (the batch), got {x.shape[0]} and {state[0].shape[0]}")
         refuse_training_batchnorm(self.block)
+        refuse_cached_parametrizations(self.block)
+        if max_steps is not None:
+            steps = check_steps(max_steps)
+        elif self.draws_steps:
+            assert self.steps_sampling is not None
+            steps = draw_steps(self.steps_sampling)
+        else:
+            steps = self.max_steps
         is_tuple = isinstance(x if z0 is None else z0, tuple)
         evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state)
         start = None if z0 is None else state
         wants_gradient = torch.is_grad_enabled() and (
             any(t.requires_grad for t in (*(start or ()), *evaluator.tensors)) or bool(trainable_parameters(self.block))
         )
+        try:
+            z, states, residuals = self._run(evaluator, start, steps, mode, wants_gradient, output_trajectory)
+        except BaseException:
+            evaluator.rewind()
+            raise
+        solution = FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
+        if output_trajectory:
+            solution.trajectory = [state if is_tuple else state[0] for state in states]
+            solution.step_residuals = torch.stack(residuals)
+        return solution
+
+    def _run(
+        self, evaluator: Evaluator, start: State | None, steps: int, mode: str, wants_gradient: bool, record: bool
+    ) -> "tuple[State, Sequence[State], list[torch.Tensor]]":
+        """The solve in its gradient mode: the state, and where they shall be recorded the states after and the residuals at the start of each step."""
         recompute_before = 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0
         follow = wants_gradient and mode in EXACT_MODES
         if self.solver == "reversible":
-            solve = Solve(evaluator, self.beta, steps, self.tol, output_trajectory)
+            solve = Solve(evaluator, self.beta, steps, self.tol, self.row_dims, record)
             if not follow:
                 z = solve_plain(solve, start)
             elif mode == "reversible":
@@ -380,14 +421,12 @@ class ReversibleFixedPoint(nn.Module):
                 z = solve_stored(solve, start, recompute_before)
             taken = solve.steps
             if taken is None:
-                taken = torch.full((state[0].shape[0],), steps, dtype=torch.int64, device=state[0].device)
+                taken = torch.full(solve.rows, steps, dtype=torch.int64, device=evaluator.device)
             self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, solve.clamped, solve.nonfinite)
             states, residuals = solve.trajectory, solve.step_residuals
             self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
-            z, found = solve_float(
-                evaluator, start, steps, self.tol, self._approximation, recompute_before if follow else None, output_trajectory
-            )
+            z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recompute_before if follow else None, record)
             states, residuals = [unflatten(state, evaluator) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
             self.statistics = SolveStatistics(found.steps, found.residual, found.evaluations, clamped, found.nonfinite)
@@ -397,30 +436,23 @@ class ReversibleFixedPoint(nn.Module):
             z = attach_implicit(evaluator, z, self._approximation, self._certificate)
         elif wants_gradient and mode == "phantom":
             z = attach_phantom(evaluator, z, self._approximation)
-        solution = FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
-        if output_trajectory:
-            solution.trajectory = [state if is_tuple else state[0] for state in states]
-            solution.step_residuals = torch.stack(residuals)
-        return solution
-
-
-def check_steps(max_steps: int) -> int:
-    """Returns `max_steps` if it is a whole number from 1 to 100,000.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or not 1 <= max_steps <= MAX_STEPS_LIMIT:
-        raise ValueError(f"max_steps must be a whole number from 1 to {MAX_STEPS_LIMIT}, got {max_steps!r}")
-    return max_steps
+        return z, states, residuals
 
 
 def check_solver_settings(
-    beta: float, max_steps: int, tol: float | None, gradient: str, solver: str, keep_evaluations: int, drift_policy: str
+    beta: float,
+    max_steps: int,
+    tol: float | None,
+    gradient: str,
+    solver: str,
+    keep_evaluations: int,
+    drift_policy: str,
+    steps_sampling: "Mapping[str, Any] | None" = None,
 ) -> None:
     """Raises ValueError, with what was got and what was expected, unless the settings suit `ReversibleFixedPoint`."""
     rational_beta(beta)
     check_steps(max_steps)
+    check_steps_sampling(steps_sampling)
     if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (int, float)) or not (0 <= tol < math.inf)):
         raise ValueError(f"tol must be None (always max_steps) or a finite number >= 0, got {tol!r}")
     for name, value, allowed in (
@@ -457,18 +489,35 @@ def refuse_training_batchnorm(block: nn.Module) -> None:
             )
 
 
-def _check_state(state, name: str) -> tuple[torch.Tensor, ...]:
+def refuse_cached_parametrizations(block: nn.Module) -> None:
+    """Raises RuntimeError for parametrised weights inside `torch.nn.utils.parametrize.cached()`: cached without a graph, they would lose their gradients."""
+    if parametrize._cache_enabled and torch.is_grad_enabled() and any(parametrize.is_parametrized(module) for module in block.modules()):
+        raise RuntimeError(
+            "the block has parametrised weights and the solve runs inside torch.nn.utils.parametrize.cached(), whose cache holds them with or without a "
+            "graph as it happens; leave the cached() region for the solve"
+        )
+
+
+def refuse_function_transforms() -> None:
+    """Raises RuntimeError inside torch.func.grad, vjp, jvp, jacrev, jacfwd or vmap."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "ReversibleFixedPoint cannot be transformed by torch.func (grad, vjp, jvp, vmap, ...): its states are changed in place; use "
+            "torch.autograd.grad or backward(), with gradient='backprop' for second derivatives, and batch examples along the first dimension"
+        )
+
+
+def _check_state(state, name: str, row_dims: int) -> tuple[torch.Tensor, ...]:
     parts = state if isinstance(state, tuple) else (state,)
     if not parts or not all(isinstance(part, torch.Tensor) for part in parts):
         raise TypeError(f"{name} must be a tensor or a tuple of tensors, got {type(state).__name__}")
     for part in parts:
-        if not part.is_floating_point() or part.dim() == 0:
-            raise ValueError(f"{name} must hold floating tensors of shape (batch, ...), got {part.dtype} of shape {tuple(part.shape)}")
+        if not part.is_floating_point() or part.dim() < row_dims:
+            shape = "(batch, ...)" if row_dims == 1 else "(batch, positions, ...)"
+            raise ValueError(f"{name} must hold floating tensors of shape {shape}, got {part.dtype} of shape {tuple(part.shape)}")
     first = parts[0]
     for part in parts[1:]:
-        if (part.shape[0], part.dtype, part.device) != (first.shape[0], first.dtype, first.device):
-            raise ValueError(
-                f"the tensors of {name} must agree in batch size, dtype and device, got "
-                f"{first.shape[0]}, {first.dtype}, {first.device} and {part.shape[0]}, {part.dtype}, {part.device}"
-            )
+        got, expected = ((tuple(t.shape[:row_dims]), t.dtype, t.device) for t in (part, first))
+        if got != expected:
+            raise ValueError(f"the tensors of {name} must agree in batch size (and positions), dtype and device, got {expected} and {got}")
     return parts

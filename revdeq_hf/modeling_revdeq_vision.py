@@ -16,7 +16,8 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .block_revdeq import RevDEQConvBlock
 from .configuration_revdeq import RevDEQVisionConfig
-from .layer_revdeq import ReversibleFixedPoint, check_steps
+from .layer_revdeq import ReversibleFixedPoint
+from .steps_revdeq import check_steps
 
 
 @dataclass
@@ -97,6 +98,7 @@ class RevDEQVisionModel(RevDEQVisionPreTrainedModel):
                 solver=config.solver,
                 keep_evaluations=config.keep_evaluations,
                 drift_policy=config.drift_policy,
+                steps_sampling=config.steps_sampling,
             )
             for size, ratio, steps in zip(sizes, config.expansion_ratios, config.steps_per_stage, strict=True)
         )
@@ -137,7 +139,8 @@ class RevDEQVisionModel(RevDEQVisionPreTrainedModel):
                 hidden_states = self.downsamples[index - 1](hidden_states)
             # x sets the dtype of the state: autocast's half precision is for the block's insides only
             hidden_states = hidden_states.to(dtype)
-            solution = stage(hidden_states, max_steps=check_steps(steps[index]))
+            drawn = max_steps is None and stage.draws_steps
+            solution = stage(hidden_states, max_steps=None if drawn else check_steps(steps[index]))
             hidden_states = hidden_states + solution.z
             maps.append(hidden_states)
             taken.append(solution.steps)

@@ -128,13 +128,13 @@ def resolution_for(beta: float, dtype: torch.dtype) -> Resolution:
 
 
 def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Reshapes (batch,) to (batch, 1, ..., 1), as many dimensions as `like` has."""
-    return values.reshape(values.shape + (1,) * (like.dim() - 1))
+    """Reshapes figures of rows, (batch,) or (batch, positions), to as many dimensions as `like` has, by trailing ones."""
+    return values.reshape(values.shape + (1,) * (like.dim() - values.dim()))
 
 
-def rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A state as (batch, elements of one example)."""
-    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
+def rows(tensor: torch.Tensor, dims: int = 1) -> torch.Tensor:
+    """A state with the elements of each row in one last dimension; a row is an entry of the first `dims` dimensions."""
+    return tensor.reshape(*tensor.shape[:dims], math.prod(tensor.shape[dims:]))
 
 
 def choose(active: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -279,7 +279,7 @@ class ExactState:
         return cls(integers.mul_(resolution.scale(0)), resolution, scratch=scratch)
 
     def value(self, phase: "int | torch.Tensor", dtype: torch.dtype) -> torch.Tensor:
-        """The state as floats: what `f` sees. `phase` is a number, or (batch,) integers where rows stopped at different steps."""
+        """The state as floats: what `f` sees. `phase` is a number, or an integer for each row where they stopped at different steps."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         value = self.integers.to(wide)
         if isinstance(phase, int):

@@ -1,0 +1,305 @@
+"""What a recomputation must find as it was: buffers, generators, parametrised and shared weights; and what it cannot work with."""
+
+import copy
+
+import pytest
+import torch
+from conftest import AttentionBlock, make_block
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from revdeq_hf import ReversibleFixedPoint
+
+
+class Parametrised(nn.Module):
+    """Two linear layers that share a bias, with weights made by a parametrisation."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.last.bias = self.first.bias
+        if kind == "weight norm":
+            parametrizations.weight_norm(self.first)
+        elif kind == "spectral norm":
+            parametrizations.spectral_norm(self.first)
+            parametrizations.spectral_norm(self.last)
+        elif kind == "spectral norm by hooks":
+            torch.nn.utils.spectral_norm(self.first)
+        elif kind == "orthogonal":
+            parametrizations.orthogonal(self.first)
+        elif kind == "adapter":
+            self.first = Adapter(self.first)
+
+    def forward(self, z, x):
+        return torch.tanh(self.last(torch.sin(self.first(z))) + x)
+
+
+class Adapter(nn.Module):
+    """A low-rank update of a frozen layer, as PEFT wraps it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a, self.b = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False)
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["weight norm", "spectral norm", "spectral norm by hooks", "orthogonal", "adapter"])
+def test_parametrised_shared_and_adapted_weights(kind, training):
+    """All modes agree, drift is 0, and the buffers are where ONE call of the block leaves them."""
+    torch.manual_seed(0)
+    original, x = Parametrised(kind).train(training), torch.randn(3, 6, requires_grad=True)
+    once = copy.deepcopy(original)
+    once(torch.zeros(3, 6), x)
+    results = []
+    for gradient in ("reversible", "checkpoint", "backprop"):
+        block = copy.deepcopy(original)
+        layer = ReversibleFixedPoint(block, max_steps=4, gradient=gradient, drift_policy="raise")
+        solution = layer(x)
+        solution.z.square().sum().backward()
+        for (name, buffer), expected in zip(block.named_buffers(), once.buffers(), strict=True):
+            assert torch.equal(buffer, expected), name
+        assert all((p.grad is not None) == p.requires_grad for p in block.parameters())
+        results.append([solution.z, x.grad, *(p.grad for p in block.parameters() if p.requires_grad)])
+        x.grad = None
+    for other in results[:2]:
+        for a, b in zip(other, results[2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_second_solve_does_not_disturb_the_reversal_of_the_first():
+    """Spectral norm's vectors have moved on in between."""
+    block = Parametrised("spectral norm")
+    layer = ReversibleFixedPoint(block, max_steps=3, drift_policy="raise")
+    x = torch.randn(2, 6)
+    first, second = layer(x).z, layer(x).z
+    assert not torch.equal(first, second), "the vectors did not move, and this proves nothing"
+    after = [b.clone() for b in block.buffers()]
+    (second.sum() + first.sum()).backward()
+    assert all(torch.equal(a, b) for a, b in zip(after, block.buffers(), strict=True))
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer and, as reckless code does, lets the count influence what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, x):
+        self.calls += 1
+        return torch.tanh(self.linear(z) * (1 + 0.1 * torch.sin(self.calls.clone())) + x)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "implicit", "phantom"])
+def test_a_solve_moves_buffers_on_as_one_call_does(gradient):
+    layer = ReversibleFixedPoint(Counting(), max_steps=4, gradient=gradient, drift_policy="raise")
+    x = torch.randn(2, 4)
+    for calls in (1, 2):
+        layer(x).z.sum().backward()
+        assert layer.block.calls == calls
+    assert all(p.grad is not None for p in layer.block.parameters())
+
+
+class Failing(nn.Module):
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.linear, self.at = nn.Linear(4, 4), at
+        self.register_buffer("calls", torch.zeros(()))
+        self.count = 0
+
+    def forward(self, z, x):
+        self.count += 1
+        self.calls += 1
+        out = nn.functional.dropout(self.linear(z) + x, 0.2)
+        if self.count == self.at:
+            raise KeyError("from inside the block")
+        return torch.tanh(out)
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 10])
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+def test_a_block_that_raises_in_the_middle_leaves_everything_as_it_was(gradient, at):
+    layer = ReversibleFixedPoint(Failing(at), max_steps=4, gradient=gradient)
+    x = torch.randn(2, 4, requires_grad=True)
+    before = torch.get_rng_state()
+    if at <= 8:
+        with pytest.raises(KeyError, match="from inside"):
+            layer(x)
+        assert layer.block.calls == 0
+    else:
+        z = layer(x).z
+        before = torch.get_rng_state()
+        if gradient == "backprop":
+            return z.sum().backward()  # no evaluation left to fail in
+        with pytest.raises(KeyError, match="from inside"):
+            z.sum().backward()
+        assert layer.block.calls == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    assert x.grad is None
+    assert layer.block.linear.weight.grad is None
+
+
+def test_hooks_of_the_block_fire_at_every_evaluation():
+    block, x = make_block("attention")
+    counts = {"pre": 0, "forward": 0, "backward": 0}
+    block.register_forward_pre_hook(lambda *_: counts.__setitem__("pre", counts["pre"] + 1))
+    block.register_forward_hook(lambda *_: counts.__setitem__("forward", counts["forward"] + 1))
+    block.register_full_backward_hook(lambda *_: counts.__setitem__("backward", counts["backward"] + 1))
+    layer = ReversibleFixedPoint(block, max_steps=3, keep_evaluations=0)
+    z = layer(x).z
+    assert counts == {"pre": 6, "forward": 6, "backward": 0}
+    z.sum().backward()
+    assert counts == {"pre": 12, "forward": 12, "backward": 6}
+    assert layer.drift == 0
+
+
+def test_a_hook_that_changes_the_output_changes_the_map():
+    block, x = make_block("attention")
+    handle = block.register_forward_hook(lambda module, args, output: 0.5 * output)
+    results = []
+    for gradient in ("reversible", "backprop"):
+        layer = ReversibleFixedPoint(block, max_steps=3, gradient=gradient, drift_policy="raise")
+        z = layer(x).z
+        results.append((z, torch.autograd.grad(z.square().sum(), x)[0]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    handle.remove()
+    assert not torch.equal(layer(x).z, z)
+
+
+class Changes(nn.Module):
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.linear, self.change = nn.Linear(4, 4), change
+
+    def forward(self, z, x):
+        return self.change(self.linear, z, x)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda linear, z, x: z,
+        lambda linear, z, x: z.view(-1).view(z.shape),
+        lambda linear, z, x: x.expand_as(z),
+        lambda linear, z, x: linear(x).flip(0).flip(0).T.T,
+    ],
+    ids=["z itself", "view of z", "view of x", "strided"],
+)
+def test_a_block_that_returns_a_view_of_its_input(view, gradient):
+    layer = ReversibleFixedPoint(Changes(view), max_steps=3, gradient=gradient, drift_policy="raise")
+    z0, x = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    kept = z0.detach().clone(), x.detach().clone()
+    solution = layer(x, z0=z0)
+    y = z = kept[0]
+    for _ in range(3):
+        y = 0.2 * y + 0.8 * view(layer.block.linear, z, kept[1])
+        z = 0.2 * z + 0.8 * view(layer.block.linear, y, kept[1])
+    torch.testing.assert_close(solution.z, z, rtol=0, atol=1e-5)
+    solution.z.sum().backward()
+    assert torch.equal(z0, kept[0])
+    assert torch.equal(x, kept[1])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    "change", [lambda linear, z, x: z.add_(x), lambda linear, z, x: linear(x.mul_(0.9)), lambda linear, z, x: linear(z).add_(x.neg_())]
+)
+def test_a_block_that_changes_its_input_in_place_is_refused(change, grad):
+    layer = ReversibleFixedPoint(Changes(change), max_steps=3)
+    with torch.set_grad_enabled(grad), pytest.raises((ValueError, RuntimeError), match=r"in.place"):
+        layer(torch.randn(2, 4)).z.sum().backward()
+
+
+def test_transforms_of_torch_func_are_refused_and_functional_call_works_where_all_is_stored():
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=2)
+    for transform in (
+        lambda: torch.func.grad(lambda t: layer(t).z.sum())(x),
+        lambda: torch.func.vmap(lambda t: layer(t).z)(x[None]),
+        lambda: torch.func.jvp(lambda t: layer(t).z, (x,), (x,)),
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.func"):
+            transform()
+    swapped = {f"block.{name}": parameter.detach().mul(0.5).requires_grad_() for name, parameter in block.named_parameters()}
+    stored = ReversibleFixedPoint(block, max_steps=2, gradient="backprop")
+    torch.func.functional_call(stored, swapped, (x,)).z.sum().backward()
+    assert all(parameter.grad is not None for parameter in swapped.values())
+    assert all(parameter.grad is None for parameter in block.parameters())
+
+
+def test_a_cache_of_parametrised_weights_is_refused_with_gradients():
+    layer = ReversibleFixedPoint(Parametrised("weight norm"), max_steps=2)
+    with parametrize.cached():
+        with pytest.raises(RuntimeError, match=r"cached\(\)"):
+            layer(torch.randn(2, 6))
+        with torch.no_grad():
+            layer(torch.randn(2, 6))
+
+
+def test_rows_of_positions_stop_by_themselves():
+    """row_dims=2: a causal block's position stops as it would if the positions after it were not there."""
+    torch.manual_seed(0)
+    block = AttentionBlock()
+    for parameter in block.parameters():
+        parameter.data.mul_(0.8)
+    x = torch.randn(3, 9, 16) * torch.logspace(-2, 1, 9)[torch.randperm(9)][None, :, None]
+    layer = ReversibleFixedPoint(block, max_steps=60, tol=1e-4, row_dims=2)
+    whole = layer(x)
+    assert whole.steps.shape == whole.residual.shape == whole.clamped.shape == (3, 9)
+    assert len(set(whole.steps.flatten().tolist())) > 2
+    assert (whole.residual <= 1e-4).all()
+    assert repr(whole).startswith("FixedPointSolution(batch=3x9, steps=")
+    for end in (1, 4, 8):
+        start = layer(x[:, :end])
+        assert torch.equal(start.steps, whole.steps[:, :end])
+        torch.testing.assert_close(start.z, whole.z[:, :end], rtol=1e-5, atol=1e-6)
+    x.requires_grad_()
+    results = []
+    for gradient in ("reversible", "backprop"):
+        layer = ReversibleFixedPoint(block, max_steps=40, tol=1e-3, row_dims=2, gradient=gradient, drift_policy="raise")
+        results.append(torch.autograd.grad(layer(x).z.square().sum(), [x, *block.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class Mixed(nn.Module):
+    """A state of two tensors with other numbers of dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(6, 4), nn.Linear(4, 6)
+
+    def forward(self, z, x):
+        flat, deep = z
+        return torch.tanh(self.down(deep.mean(1)) + x[0]), torch.tanh(self.up(flat)[:, None] + x[1])
+
+
+def test_rows_of_states_with_other_numbers_of_dimensions():
+    block = Mixed()
+    x = torch.randn(3, 4, requires_grad=True), torch.randn(3, 5, 6, requires_grad=True)
+    scale = torch.tensor([0.01, 1.0, 3.0])
+    results = []
+    for gradient in ("reversible", "backprop"):
+        layer = ReversibleFixedPoint(block, beta=0.7, max_steps=30, tol=1e-2, gradient=gradient, drift_policy="raise")
+        solution = layer((x[0] * scale[:, None], x[1] * scale[:, None, None]))
+        assert len(set(solution.steps.tolist())) > 1
+        results.append(torch.autograd.grad(sum(part.square().sum() for part in solution.z), [*x, *block.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_row_dims_are_checked():
+    with pytest.raises(ValueError, match="row_dims"):
+        ReversibleFixedPoint(nn.Linear(2, 2), row_dims=3)
+    with pytest.raises(ValueError, match=r"\(batch, positions, \.\.\.\)"):
+        ReversibleFixedPoint(nn.Linear(2, 2), row_dims=2)(torch.randn(3))
