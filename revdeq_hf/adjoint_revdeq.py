@@ -59,21 +59,24 @@ def _put_tensors(tree: Any, tensors: "list[torch.Tensor]") -> Any:
     return tree
 
 
-def _generator_states(device: torch.device) -> list[torch.Tensor]:
+def generator_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of torch's default generators, of the CPU and of an accelerator."""
     states = [torch.get_rng_state()]
     if device.type not in ("cpu", "meta"):
         states.append(torch.get_device_module(device).get_rng_state(device))
     return states
 
 
-def _set_generator_states(states: list[torch.Tensor], device: torch.device) -> None:
+def set_generator_states(states: list[torch.Tensor], device: torch.device) -> None:
+    """Puts back what `generator_states` returned."""
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.get_device_module(device).set_rng_state(states[1], device)
 
 
 @torch.no_grad()
-def _set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
+def set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
+    """Copies the second tensor of each pair into the first."""
     for buffer, value in values:
         buffer.copy_(value)
 
@@ -114,10 +117,10 @@ class Evaluator:
         z = state if self.is_tuple else state[0]
         if self._generators is not None:
             if self.random:
-                _set_generator_states(self._generators, self.device)
-            _set_buffers(self._changed)
+                set_generator_states(self._generators, self.device)
+            set_buffers(self._changed)
             return self._checked(self.block(z, x, *context, **kwargs))
-        self._generators = _generator_states(self.device)
+        self._generators = generator_states(self.device)
         buffers = [b for m in self.block.modules() if m.training for b in m._buffers.values() if b is not None and not b.is_inference()]
         self._changed = [(buffer, buffer.clone()) for buffer in buffers]
         inputs = [t for t in (*state, *tensors) if not t.is_inference()]
@@ -125,7 +128,7 @@ class Evaluator:
         out = self.block(z, x, *context, **kwargs)
         moved = [t._version != version for t, version in zip((*buffers, *inputs), versions, strict=True)]
         self._changed = [pair for pair, change in zip(self._changed, moved, strict=False) if change]
-        self.random = not all(torch.equal(a, b) for a, b in zip(self._generators, _generator_states(self.device), strict=True))
+        self.random = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
         if any(moved[len(buffers) :]):
             raise ValueError(
                 "the block changes one of its inputs in place, so a second evaluation would meet another map; "
@@ -168,8 +171,8 @@ class Evaluator:
     def rewind(self) -> None:
         """Puts generators and buffers back to where they were before the solve, which has failed."""
         if self._generators is not None:
-            _set_generator_states(self._generators, self.device)
-            _set_buffers(self._changed)
+            set_generator_states(self._generators, self.device)
+            set_buffers(self._changed)
 
 
 class _Replay:
@@ -178,14 +181,14 @@ class _Replay:
         self.kept: list[tuple[list[torch.Tensor] | None, list[tuple[torch.Tensor, torch.Tensor]]]] = []
 
     def __enter__(self) -> None:
-        generators = _generator_states(self.evaluator.device) if self.evaluator.random else None
+        generators = generator_states(self.evaluator.device) if self.evaluator.random else None
         self.kept.append((generators, [(buffer, buffer.clone()) for buffer, _ in self.evaluator._changed]))
 
     def __exit__(self, *error: Any) -> None:
         generators, buffers = self.kept.pop()
         if generators is not None:
-            _set_generator_states(generators, self.evaluator.device)
-        _set_buffers(buffers)
+            set_generator_states(generators, self.evaluator.device)
+        set_buffers(buffers)
 
 
 class _Relax(torch.autograd.Function):

@@ -439,6 +439,11 @@ class ReversibleFixedPoint(nn.Module):
         return z, states, residuals
 
 
+def fixed_point_layers(model: nn.Module) -> list[tuple[str, ReversibleFixedPoint]]:
+    """The fixed-point layers of a model (wrapped or not) with their names, in order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ReversibleFixedPoint)]
+
+
 def check_solver_settings(
     beta: float,
     max_steps: int,

@@ -17,12 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .layer_revdeq import ReversibleFixedPoint
-
-
-def fixed_point_layers(model: nn.Module) -> list[tuple[str, ReversibleFixedPoint]]:
-    """The fixed-point layers of a model (wrapped or not) with their names, in order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, ReversibleFixedPoint)]
+from .layer_revdeq import ReversibleFixedPoint, fixed_point_layers
 
 
 class RevDEQCallback(TrainerCallback):

@@ -1,0 +1,210 @@
+"""How does a fixed point converge? `diagnose` runs one batch and answers with residuals, spectral radius and drift."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .adjoint_revdeq import Evaluator, State, evaluate_with_graph, generator_states, set_buffers, set_generator_states
+from .layer_revdeq import ReversibleFixedPoint, fixed_point_layers
+from .solver_revdeq import rows
+
+
+@dataclass(repr=False)
+class Diagnosis:
+    """What `diagnose` found out about one fixed-point layer.
+
+    Attributes:
+        beta: relaxation in use.
+        residuals: (steps begun, batch) or, for layers with `row_dims=2`, (steps begun, batch, positions): relative residual at the start of each step.
+        steps: int64 for each row, steps taken.
+        evaluations: calls of the block in the solve.
+        spectral_radius: (batch,) float32, estimate of the greatest absolute eigenvalue of the block's Jacobian in z at the state returned.
+        drift: difference between the reconstructed and the true start state in one backward pass; None where the gradient mode is not "reversible".
+        clamped, nonfinite: evaluations of rows in which a value left the range that is kept exactly, or was NaN or infinite.
+    """
+
+    beta: float
+    residuals: torch.Tensor
+    steps: torch.Tensor
+    evaluations: int
+    spectral_radius: torch.Tensor
+    drift: float | None
+    clamped: int
+    nonfinite: int
+
+    @property
+    def beta_limit(self) -> float:
+        """`2 / (1 + k)` with the batch's greatest spectral radius for k: every beta below it converges near this fixed point if k < 1."""
+        return 2 / (1 + self._radius())
+
+    @property
+    def rate(self) -> float:
+        """`|1 - beta| + beta k`, the factor by which theorem 3.1 of arXiv 2509.12917 bounds the error's decrease in a step, k as in `beta_limit`."""
+        return abs(1 - self.beta) + self.beta * self._radius()
+
+    def _radius(self) -> float:
+        return self.spectral_radius.max().item() if self.spectral_radius.numel() else 0.0
+
+    def __repr__(self) -> str:
+        last = self.residuals[-1]
+        shown = f"mean {last.mean().item():.3g} max {last.max().item():.3g}" if last.numel() else "of an empty batch"
+        steps = f"{int(self.steps.min())} to {int(self.steps.max())}" if self.steps.numel() else "0"
+        return (
+            f"Diagnosis(beta={self.beta:g}, steps={steps}, evaluations={self.evaluations}, residual {shown}, "
+            f"spectral_radius max {self._radius():.3g}, rate={self.rate:.3g}, beta_limit={self.beta_limit:.3g}, drift={self.drift}, "
+            f"clamped={self.clamped}, nonfinite={self.nonfinite})"
+        )
+
+    def plot(self, path: "str | os.PathLike") -> None:
+        """Draws the residual over the steps (median, all rows' range) beside the rate of theorem 3.1 to a PNG or PDF file. Needs matplotlib."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        flat = self.residuals.flatten(1).float().cpu()
+        steps = range(1, len(flat) + 1)
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        median = flat.median(dim=1).values.tolist()
+        axes.fill_between(steps, flat.amin(1).tolist(), flat.amax(1).tolist(), alpha=0.2, label="all rows")
+        axes.plot(steps, median, marker=".", label="median")
+        if self.rate < 1:
+            axes.plot(steps, [median[0] * self.rate ** (step - 1) for step in steps], "--", color="grey", label=f"rate {self.rate:.2f}")
+        axes.set(xlabel="step", ylabel="relative residual at its start", yscale="log")
+        axes.set_title(f"spectral radius {self._radius():.3g}, beta {self.beta:g} (limit {self.beta_limit:.3g}), drift {self.drift}")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+
+
+def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs: Any) -> "Diagnosis | dict[str, Diagnosis]":
+    """Calls `module(*args, **kwargs)` once and looks into the solve of every fixed-point layer that ran.
+
+    Args:
+        module: a `ReversibleFixedPoint`, or any model that holds some.
+        args, kwargs: what it is called with, on its device; under the autocast of the caller.
+        power_iterations: vector-Jacobian products for the spectral radius, of which the second half is averaged.
+
+    Returns:
+        A `Diagnosis` for a layer, else one for each layer's name (of its last call).
+
+    Warns where the layer's beta is not below `2 / (1 + k)`, k the greatest spectral radius: any Lipschitz constant of the block is at least that
+    large, so theorem 3.1 gives no convergence there.
+
+    Cost: the call itself, and for each layer a solve with its backward pass (8N evaluations), one evaluation and `power_iterations`
+    products of 2. `.grad` fields, generators and buffers stay as they are.
+
+    Raises:
+        ValueError: no fixed-point layer ran.
+
+    Example:
+        >>> import torch
+        >>> from revdeq_hf import ReversibleFixedPoint, diagnose
+        >>> class Half(torch.nn.Module):
+        ...     def forward(self, z, x):
+        ...         return 0.5 * z + x
+        >>> found = diagnose(ReversibleFixedPoint(Half(), beta=0.8, max_steps=20), torch.ones(1, 3))
+        >>> f"{found.spectral_radius.item():.3f} {found.beta_limit:.3f} {found.drift}"
+        '0.500 1.333 0.0'
+    """
+    if isinstance(power_iterations, bool) or not isinstance(power_iterations, int) or power_iterations < 2:
+        raise ValueError(f"power_iterations must be a whole number >= 2, got {power_iterations!r}")
+    calls: dict[str, tuple[ReversibleFixedPoint, tuple, dict]] = {}
+    handles = []
+    for name, layer in fixed_point_layers(module):
+
+        def remember(layer: nn.Module, given: tuple, named: dict, name: str = name) -> None:
+            assert isinstance(layer, ReversibleFixedPoint)
+            calls[name] = (layer, given, named)
+
+        handles.append(layer.register_forward_pre_hook(remember, with_kwargs=True))
+    device = next(
+        (tensor.device for tensor in (*module.parameters(), *tree_leaves((args, kwargs))) if isinstance(tensor, torch.Tensor)),
+        torch.device("cpu"),
+    )
+    generators = generator_states(device)
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        with torch.enable_grad():  # a model that keeps a cache does so without gradients only, and its evaluations could not be repeated
+            module(*args, **kwargs)
+        for handle in handles:
+            handle.remove()
+        handles = []
+        if not calls:
+            raise ValueError(f"no ReversibleFixedPoint ran in the call of {type(module).__name__}: there is nothing to diagnose")
+        found = {name: _diagnose_layer(layer, given, named, power_iterations) for name, (layer, given, named) in calls.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+        set_generator_states(generators, device)
+        set_buffers(buffers)
+    for name, diagnosis in found.items():
+        if not diagnosis.beta < diagnosis.beta_limit or diagnosis.spectral_radius.max() >= 1:
+            radius = diagnosis.spectral_radius.max().item()
+            remedy = (
+                "bound the block (weight decay, a norm at its end, no identity path from z)"
+                if radius >= 1
+                else f"take beta below {diagnosis.beta_limit:.3g}"
+            )
+            warnings.warn(
+                f"the fixed point {name!r} need not converge: its block has spectral radius {radius:.3g} where the solve ended, for which theorem 3.1 "
+                f"asks for beta < 2 / (1 + k) = {diagnosis.beta_limit:.3g}, k < 1, and beta is {diagnosis.beta:g}; {remedy}",
+                stacklevel=2,
+            )
+    return found[""] if isinstance(module, ReversibleFixedPoint) else found
+
+
+def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, power_iterations: int) -> Diagnosis:
+    (x, *context), named = tree_map_only(torch.Tensor, torch.Tensor.detach, (given, named))
+    x = tree_map_only(torch.Tensor, torch.Tensor.requires_grad_, x)
+    settings = {name: named.pop(name) for name in ("z0", "max_steps", "gradient") if name in named}
+    named.pop("output_trajectory", None)
+    settings["max_steps"] = settings.get("max_steps") or layer.max_steps  # a number, so that none is drawn
+    with torch.enable_grad():
+        solution = layer(x, *context, **settings, output_trajectory=True, **named)
+        is_tuple = isinstance(solution.z, tuple)
+        z: State = solution.z if is_tuple else (solution.z,)
+        drift = None
+        if (settings.get("gradient") or layer.gradient) == "reversible" and any(part.requires_grad for part in z):
+            torch.autograd.grad([part.float().sum() for part in z], tree_leaves(x), allow_unused=True)
+            drift = layer.drift.item()
+    evaluator = Evaluator(layer.block, (x, tuple(context), named), is_tuple, z)
+    evaluation = evaluate_with_graph(evaluator, z, [tensor.detach() for tensor in evaluator.tensors])
+    radius = _spectral_radius(evaluation.state, evaluation.f, power_iterations)
+    assert solution.step_residuals is not None
+    return Diagnosis(
+        layer.beta,
+        solution.step_residuals,
+        solution.steps,
+        solution.evaluations,
+        radius,
+        drift,
+        int(solution.clamped.sum()),
+        int(solution.nonfinite.sum()),
+    )
+
+
+def _spectral_radius(z: State, f: State, iterations: int) -> torch.Tensor:
+    """(batch,): the growth of a random row vector under products with the Jacobian of each example, averaged (geometrically) over the second half
+    of the products; a dominant pair of complex eigenvalues makes single products go up and down."""
+    generator = torch.Generator(z[0].device).manual_seed(0)
+    row = tuple(torch.randn(part.shape, dtype=part.dtype, device=part.device, generator=generator) for part in z)
+    outputs = [part for part in f if part.requires_grad]
+    if not outputs or not z[0].numel():
+        return torch.zeros(z[0].shape[0], device=z[0].device)
+    growths = []
+    for _ in range(iterations):
+        norm = torch.stack([rows(part).double().norm(dim=1) for part in row]).norm(dim=0)
+        growths.append(norm)
+        safe = torch.where(norm > 0, norm, 1.0)  # a nilpotent Jacobian maps the vector to 0, and 0 stays
+        row = tuple((part / safe.to(part.dtype).reshape(-1, *[1] * (part.dim() - 1))) for part in row)
+        weights = [part for part, output in zip(row, f, strict=True) if output.requires_grad]
+        found = torch.autograd.grad(outputs, z, weights, retain_graph=True, allow_unused=True)
+        row = tuple(torch.zeros_like(part) if g is None else g for g, part in zip(found, z, strict=True))
+    later = torch.stack(growths[iterations // 2 :])
+    return later.log().mean(dim=0).exp().float()
