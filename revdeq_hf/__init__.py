@@ -5,16 +5,28 @@ Importing the package registers its models with transformers' Auto classes.
 
 from ._version import __version__
 from .configuration_revdeq import RevDEQConfig, RevDEQVisionConfig
+from .diagnostics import Diagnosis, diagnose
 from .layer_revdeq import DriftError, FixedPointSolution, ReversibleFixedPoint, SolveStatistics
-from .modeling_revdeq import RevDEQForCausalLM, RevDEQModel, RevDEQPreTrainedModel
+from .modeling_revdeq import (
+    RevDEQForCausalLM,
+    RevDEQForQuestionAnswering,
+    RevDEQForSequenceClassification,
+    RevDEQForTokenClassification,
+    RevDEQModel,
+    RevDEQPreTrainedModel,
+)
 from .modeling_revdeq_vision import RevDEQForImageClassification, RevDEQVisionModel, RevDEQVisionPreTrainedModel
 
 __all__ = [
+    "Diagnosis",
     "DriftError",
     "FixedPointSolution",
     "RevDEQConfig",
     "RevDEQForCausalLM",
     "RevDEQForImageClassification",
+    "RevDEQForQuestionAnswering",
+    "RevDEQForSequenceClassification",
+    "RevDEQForTokenClassification",
     "RevDEQModel",
     "RevDEQPreTrainedModel",
     "RevDEQVisionConfig",
@@ -23,4 +35,5 @@ __all__ = [
     "ReversibleFixedPoint",
     "SolveStatistics",
     "__version__",
+    "diagnose",
 ]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_revdeq import RevDEQConfig
@@ -46,7 +47,7 @@ def eager_attention_forward(
 
 
 class RevDEQAttention(nn.Module):
-    """Causal attention with grouped keys and values, rotary positions where they are given, and an optional cache."""
+    """Attention, causal or in both directions, with grouped keys and values, rotary positions where they are given, and an optional cache."""
 
     def __init__(self, config: RevDEQConfig, layer_idx: int) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class RevDEQAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // key_value_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.is_causal = True
+        self.is_causal = config.is_causal
         bias = config.block_type == "paper"
         width = key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
@@ -110,8 +111,10 @@ class RevDEQDeepMLP(nn.Module):
         return self.down_proj(self.act_fn(self.mid_proj(self.act_fn(self.up_proj(hidden_states)))))
 
 
-class RevDEQLayer(nn.Module):
+class RevDEQLayer(GradientCheckpointingLayer):
     """A pre-norm transformer layer, `h = skip + Attn(norm(u)); h + MLP(norm(h))`; its identity path may come from elsewhere than its input."""
+
+    _can_checkpoint_with_cache = True  # the base class would drop the cache; the model decides, see `RevDEQPreTrainedModel`
 
     def __init__(self, config: RevDEQConfig, layer_idx: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from transformers.utils.type_validators import interval
 from .layer_revdeq import check_solver_settings
 
 BLOCK_TYPES = ("modern", "paper")
-KV_CACHES = ("per_evaluation",)
+KV_CACHES = ("per_evaluation", "shared")
 
 
 @strict
@@ -31,9 +31,13 @@ class RevDEQConfig(PreTrainedConfig):
             "paper" (section 5 of arXiv 2509.12917: LayerNorm, learned positions, MLP with two hidden layers; identity path from the state).
         beta: relaxation of the iteration, in (0, 2), not 1.
         max_steps: steps of a solve, two evaluations of the block each.
-        tol: relative residual at which an example stops; None: always `max_steps`. With `tol`, generation runs without a cache.
+        tol: relative residual at which a position stops; None: always `max_steps`.
         solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
-        kv_cache: "per_evaluation", one cache slot for every evaluation and layer, which equals the full forward pass.
+        steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}: each training batch draws its number of
+            steps, see `steps_revdeq.py`; evaluation and generation take `max_steps`.
+        kv_cache: "per_evaluation", one cache slot for every evaluation and layer, which equals the full forward pass; or "shared", one for every layer,
+            which holds the keys and values of the last evaluation: `2 * max_steps` times smaller, any `max_steps` per call on one cache, the
+            same at the fixed point and an approximation before it (measured in docs/generation.md).
         attention_dropout, hidden_dropout: dropout probabilities inside the block; one mask per solve.
         initializer_range: standard deviation of linear weights and embeddings. (The paper's block: 1 for embeddings, uniform in
             `+-1/sqrt(inputs)` for linear layers, whatever this field says.)
@@ -41,6 +45,8 @@ class RevDEQConfig(PreTrainedConfig):
         rope_parameters: rotary positions, as in other transformers models; the paper's block has none.
         tie_word_embeddings: whether the head shares the embedding's weights.
         use_cache: whether `generate` and calls without gradients return a cache.
+        is_causal: whether a token sees itself and what is before it only. False: attention in both directions, for token classification and
+            question answering; there is no cache then, and `generate` is refused.
         pad_token_id, bos_token_id, eos_token_id: special tokens.
 
     Example:
@@ -76,6 +82,7 @@ class RevDEQConfig(PreTrainedConfig):
     gradient: str = "reversible"
     keep_evaluations: int = 1
     drift_policy: str = "warn"
+    steps_sampling: dict | None = None
     kv_cache: str = "per_evaluation"
     attention_dropout: int | float = 0.0
     hidden_dropout: int | float = 0.0
@@ -84,6 +91,7 @@ class RevDEQConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    is_causal: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -95,22 +103,26 @@ class RevDEQConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if slots is not None and slots != self.num_hidden_layers:
             raise ValueError(
-                f"num_hidden_layers of a RevDEQ is 2 * max_steps * num_block_layers + num_prelude_layers + num_coda_layers = "
+                f"num_hidden_layers of a RevDEQ is not a setting: max_steps, num_block_layers, num_prelude_layers, num_coda_layers and kv_cache make it "
                 f"{self.num_hidden_layers}, got {slots}; set max_steps or num_block_layers instead"
             )
 
     @property
     def num_hidden_layers(self) -> int:
-        """Cache slots: one for each layer of each evaluation, and one for each layer outside the fixed point."""
-        return 2 * self.max_steps * self.num_block_layers + self.num_prelude_layers + self.num_coda_layers
+        """Cache slots: one for each layer of each evaluation (of the last one, with a shared cache), and one for each layer outside the fixed point."""
+        evaluations = 1 if self.kv_cache == "shared" else 2 * self.max_steps
+        return evaluations * self.num_block_layers + self.num_prelude_layers + self.num_coda_layers
 
     @num_hidden_layers.setter
     def num_hidden_layers(self, slots: int) -> None:
+        if slots == self.num_hidden_layers:
+            return
         inside = slots - self.num_prelude_layers - self.num_coda_layers
-        if inside <= 0 or inside % (2 * self.num_block_layers):
+        if self.kv_cache == "shared" or inside <= 0 or inside % (2 * self.num_block_layers):
             raise ValueError(
-                f"num_hidden_layers counts 2 * num_block_layers = {2 * self.num_block_layers} layers a step and "
-                f"{self.num_prelude_layers + self.num_coda_layers} outside the fixed point, got {slots}; set max_steps instead"
+                f"num_hidden_layers counts the slots of the cache: with kv_cache={self.kv_cache!r} "
+                f"{'' if self.kv_cache == 'shared' else '2 * max_steps * '}{self.num_block_layers} for the fixed point and "
+                f"{self.num_prelude_layers + self.num_coda_layers} outside it, got {slots}; set max_steps or num_block_layers instead"
             )
         self.max_steps = inside // (2 * self.num_block_layers)
 
@@ -156,7 +168,9 @@ class RevDEQConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
     def validate_solver(self):
-        check_solver_settings(self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy)
+        check_solver_settings(
+            self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
+        )
 
 
 @strict
@@ -172,6 +186,8 @@ class RevDEQVisionConfig(PreTrainedConfig):
         beta: relaxation of the iteration, in (0, 2), not 1.
         tol: relative residual at which an example stops; None: always `max_steps`.
         solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
+        steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}: each training batch draws its number of
+            steps, see `steps_revdeq.py`; evaluation and generation take `max_steps`.
         group_width: channels of a group of GroupNorm; must divide all channel counts.
         pool_size: side of the grid that features are averaged to before the classifier.
         norm_eps: added to variances.
@@ -197,6 +213,7 @@ class RevDEQVisionConfig(PreTrainedConfig):
     gradient: str = "reversible"
     keep_evaluations: int = 1
     drift_policy: str = "warn"
+    steps_sampling: dict | None = None
     group_width: int = 16
     pool_size: int = 1
     norm_eps: float = 1e-5
@@ -236,7 +253,9 @@ class RevDEQVisionConfig(PreTrainedConfig):
 
     def validate_solver(self):
         for steps in self.steps_per_stage:
-            check_solver_settings(self.beta, steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy)
+            check_solver_settings(
+                self.beta, steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
+            )
 
 
 def _check_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:

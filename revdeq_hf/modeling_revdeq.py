@@ -3,15 +3,25 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForQuestionAnswering, GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
@@ -22,9 +32,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .block_revdeq import RevDEQAttention, RevDEQLayer, RevDEQTransformerBlock
-from .cache_revdeq import EvaluationSlots, check_slots
+from .cache_revdeq import EvaluationSlots, SharedSlots, check_slots
 from .configuration_revdeq import RevDEQConfig
-from .layer_revdeq import ReversibleFixedPoint, check_steps
+from .generation_revdeq import RevDEQGenerationMixin, with_steps
+from .layer_revdeq import ReversibleFixedPoint
+from .steps_revdeq import check_steps
 
 logger = logging.get_logger(__name__)
 
@@ -34,8 +46,8 @@ class RevDEQModelOutput(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` and the figures of the solve.
 
     Args:
-        solver_steps (`torch.LongTensor` of shape `(batch,)`): Steps each example took.
-        solver_residual (`torch.FloatTensor` of shape `(batch,)`): Relative residual of each example, see `FixedPointSolution`.
+        solver_steps (`torch.LongTensor` of shape `(batch, seq)`): Steps each position took.
+        solver_residual (`torch.FloatTensor` of shape `(batch, seq)`): Relative residual of each position, see `FixedPointSolution`.
     """
 
     solver_steps: torch.Tensor | None = None
@@ -47,8 +59,8 @@ class RevDEQCausalLMOutput(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` and the figures of the solve, where `output_solver_stats=True` asked for them.
 
     Args:
-        solver_steps (`torch.LongTensor` of shape `(batch,)`): Steps each example took.
-        solver_residual (`torch.FloatTensor` of shape `(batch,)`): Relative residual of each example, see `FixedPointSolution`.
+        solver_steps (`torch.LongTensor` of shape `(batch, seq)`): Steps each position took.
+        solver_residual (`torch.FloatTensor` of shape `(batch, seq)`): Relative residual of each position, see `FixedPointSolution`.
     """
 
     solver_steps: torch.Tensor | None = None
@@ -114,6 +126,42 @@ class RevDEQPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        """Activation checkpointing, whichever call turns it on or off.
+
+        The solve: gradient="backprop" becomes "checkpoint" in training (`RevDEQModel._gradient_mode`); in the other modes its memory is constant
+        already. The layers inside one evaluation are recomputed one by one where there are several. Layers before and after the solve: as in
+        other models.
+        """
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        on = False
+        for module in self.modules():
+            if isinstance(module, ReversibleFixedPoint):
+                for layer in module.modules():
+                    if isinstance(layer, RevDEQLayer):
+                        on = on or layer.gradient_checkpointing
+                        several = self.config.num_block_layers > 1
+                        layer._gradient_checkpointing_func = partial(_checkpoint_layer, _recompute if several else None)
+            elif isinstance(module, RevDEQModel):
+                for layer in (*module.prelude, *module.coda):
+                    layer._gradient_checkpointing_func = partial(_checkpoint_layer, layer._gradient_checkpointing_func)
+        if on and self.config.gradient != "backprop" and self.config.num_block_layers == 1:
+            logger.warning_once(
+                f"activation checkpointing changes nothing for the fixed point: with gradient={self.config.gradient!r} its memory does not grow with "
+                "the number of steps already"
+            )
+
+
+def _checkpoint_layer(checkpoint_function: Callable | None, forward: partial, *args: torch.Tensor):
+    """A layer under activation checkpointing. Without gradients, or with a cache, which a recomputation would write again, it just runs."""
+    if checkpoint_function is None or not torch.is_grad_enabled() or forward.keywords.get("past_key_values") is not None:
+        return forward(*args)
+    return checkpoint_function(forward, *args)
+
+
+# gradients of a solve are taken with autograd.grad, which the reentrant kind refuses
+_recompute = partial(checkpoint, use_reentrant=False)
+
 
 @auto_docstring
 class RevDEQModel(RevDEQPreTrainedModel):
@@ -131,7 +179,6 @@ class RevDEQModel(RevDEQPreTrainedModel):
             self.rotary_emb = RevDEQRotaryEmbedding(config)
             self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        inside = 2 * config.max_steps * config.num_block_layers
         self.prelude = nn.ModuleList(RevDEQLayer(config, index) for index in range(config.num_prelude_layers))
         self.solve = ReversibleFixedPoint(
             RevDEQTransformerBlock(config),
@@ -142,9 +189,10 @@ class RevDEQModel(RevDEQPreTrainedModel):
             solver=config.solver,
             keep_evaluations=config.keep_evaluations,
             drift_policy=config.drift_policy,
+            row_dims=2 if config.solver == "reversible" else 1,
+            steps_sampling=config.steps_sampling,
         )
-        first = config.num_prelude_layers + inside
-        self.coda = nn.ModuleList(RevDEQLayer(config, first + index) for index in range(config.num_coda_layers))
+        self.coda = nn.ModuleList(RevDEQLayer(config, index) for index in range(config.num_coda_layers))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -172,6 +220,12 @@ class RevDEQModel(RevDEQPreTrainedModel):
         embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         if embeds.dim() != 3 or embeds.shape[-1] != self.config.hidden_size:
             raise ValueError(f"inputs_embeds must be (batch, seq, {self.config.hidden_size}), got {tuple(embeds.shape)}")
+        if not self.config.is_causal:
+            use_cache = False
+            if past_key_values is not None:
+                raise ValueError(
+                    "with config.is_causal=False tokens see those after them, so no cache can be kept; pass past_key_values=None"
+                )
         past_key_values = self._usable_cache(past_key_values, use_cache, steps)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         new_positions = torch.arange(embeds.shape[1], device=embeds.device) + seen  # a static cache counts on the device
@@ -192,16 +246,23 @@ class RevDEQModel(RevDEQPreTrainedModel):
         attention = dict(attention_mask=attention_mask, position_embeddings=rotary, position_ids=positions, **kwargs)
         for layer in self.prelude:
             hidden_states = layer(hidden_states, past_key_values=past_key_values, **attention)
-        slots = None
+        slots: EvaluationSlots | SharedSlots | None = None
+        drawn = max_steps is None and past_key_values is None and self.solve.draws_steps
         if past_key_values is not None:
-            slots = EvaluationSlots(past_key_values, self.config.num_prelude_layers, self.config.num_block_layers)
+            slots = self._solver_slots(past_key_values)
         solution = self.solve(
-            hidden_states, past_key_values=slots, max_steps=steps, gradient=self._gradient_mode(past_key_values, kwargs), **attention
+            hidden_states,
+            past_key_values=slots,
+            max_steps=None if drawn else steps,
+            gradient=self._gradient_mode(past_key_values, kwargs),
+            **attention,
         )
         hidden_states = solution.z
-        # the coda's slots follow those of this call's evaluations, which may be others than the config's
-        shift = 2 * (steps - self.config.max_steps) * self.config.num_block_layers
-        after = None if past_key_values is None else EvaluationSlots(past_key_values, shift, 0)
+        after = None
+        if past_key_values is not None and slots is not None:
+            slots.finish(2 * steps)
+            first = with_steps(self.config, steps).num_hidden_layers - self.config.num_coda_layers
+            after = EvaluationSlots(past_key_values, first, 0)
         for layer in self.coda:
             hidden_states = layer(hidden_states, past_key_values=after, **attention)
         return RevDEQModelOutput(
@@ -231,19 +292,19 @@ class RevDEQModel(RevDEQPreTrainedModel):
             )
         return self.embed_positions(position_ids)
 
+    def _solver_slots(self, cache: Cache) -> EvaluationSlots | SharedSlots:
+        first = self.config.num_prelude_layers
+        if self.config.kv_cache == "shared":
+            return SharedSlots(cache, first)
+        return EvaluationSlots(cache, first, self.config.num_block_layers, alternating=self.config.solver == "reversible")
+
     def _usable_cache(self, cache: Cache | None, use_cache: bool | None, steps: int) -> Cache | None:
         config = self.config
-        if config.tol is not None:
-            if cache is not None and cache.get_seq_length():
-                raise ValueError(
-                    "with config.tol the evaluations of a token are not known in advance, so no cache is kept; pass use_cache=False"
-                )
-            return None
         # training would fill the cache with every evaluation's graph
         if cache is None and use_cache and not torch.is_grad_enabled():
-            cache = DynamicCache(config=_with_steps(config, steps))
+            cache = DynamicCache(config=with_steps(config, steps))
         if cache is not None:
-            check_slots(cache, _with_steps(config, steps).num_hidden_layers, steps)
+            check_slots(cache, with_steps(config, steps).num_hidden_layers, steps, config.kv_cache)
         return cache
 
     def _gradient_mode(self, cache: Cache | None, kwargs: dict) -> str:
@@ -264,7 +325,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
 
 
 @auto_docstring
-class RevDEQForCausalLM(RevDEQPreTrainedModel, GenerationMixin):
+class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
@@ -295,7 +356,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, GenerationMixin):
         max_steps (`int`, *optional*):
             Steps of the solve, instead of `config.max_steps`. A cache serves one number of steps only.
         output_solver_stats (`bool`, *optional*, defaults to `False`):
-            Whether to return `solver_steps` and `solver_residual`, each of shape (batch,).
+            Whether to return `solver_steps` and `solver_residual`, each of shape (batch, seq).
 
         Example:
 
@@ -332,16 +393,55 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, GenerationMixin):
             solver_residual=outputs.solver_residual if output_solver_stats else None,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        # generate makes its cache from the config: show it the steps of this call
-        if self.config.tol is not None:
-            generation_config.use_cache = False
-        own, steps = self.config, model_kwargs.get("max_steps")
-        self.config = _with_steps(own, own.max_steps if steps is None else check_steps(steps))
-        try:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        finally:
-            self.config = own
+
+# The generic heads make their body with AutoModel.from_config, which a copy of this file on the Hub cannot use in a fresh process, so
+# only their `forward` is inherited. Further keyword arguments, such as `max_steps`, go to the body.
+
+
+class RevDEQForSequenceClassification(GenericForSequenceClassification, RevDEQPreTrainedModel):
+    """A linear layer on the last token that is not padding: `config.num_labels` classes, or a regression where that is 1.
+
+    `config.pad_token_id` must be set for batches of more than one. `forward` takes what `RevDEQModel.forward` takes (also `max_steps`), and
+    `labels` (batch,): whole numbers from 0 to num_labels - 1, or floats for a regression, or (batch, num_labels) for several labels at once. Returns
+    `SequenceClassifierOutputWithPast` with `loss` and `logits` (batch, num_labels).
+    """
+
+    def __init__(self, config: RevDEQConfig) -> None:
+        RevDEQPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = RevDEQModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+class RevDEQForTokenClassification(GenericForTokenClassification, RevDEQPreTrainedModel):
+    """A linear layer on every token; set `config.is_causal=False` for a model that sees what follows a token, too.
+
+    `forward` takes what `RevDEQModel.forward` takes (also `max_steps`), and `labels` (batch, seq), -100 where a token has none. Returns
+    `TokenClassifierOutput` with `loss` and `logits` (batch, seq, num_labels).
+    """
+
+    def __init__(self, config: RevDEQConfig) -> None:
+        RevDEQPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = RevDEQModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+class RevDEQForQuestionAnswering(GenericForQuestionAnswering, RevDEQPreTrainedModel):
+    """Start and end of the answer in the text, by a linear layer on every token; `config.is_causal=False` lets the start know the end.
+
+    `forward` takes what `RevDEQModel.forward` takes (also `max_steps`), `start_positions` and `end_positions` (batch,). Returns
+    `QuestionAnsweringModelOutput` with `loss`, `start_logits` and `end_logits` (batch, seq).
+    """
+
+    def __init__(self, config: RevDEQConfig) -> None:
+        RevDEQPreTrainedModel.__init__(self, config)
+        self.model = RevDEQModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
 
 
 def _may_look(ids: torch.Tensor) -> bool:
@@ -349,20 +449,24 @@ def _may_look(ids: torch.Tensor) -> bool:
     return ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling()
 
 
-def _with_steps(config: RevDEQConfig, steps: int) -> RevDEQConfig:
-    if steps == config.max_steps:
-        return config
-    config = copy.copy(config)
-    config.max_steps = steps
-    return config
-
-
 # Remote code runs no __init__.py, so classes are registered where they are defined. The tables of names are used by Trainer
 # (label smoothing shifts labels for the causal models named there) and by pipelines.
 AutoConfig.register("revdeq", RevDEQConfig, exist_ok=True)
-AutoModel.register(RevDEQConfig, RevDEQModel, exist_ok=True)
-AutoModelForCausalLM.register(RevDEQConfig, RevDEQForCausalLM, exist_ok=True)
-modeling_auto.MODEL_MAPPING_NAMES.setdefault("revdeq", "RevDEQModel")
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("revdeq", "RevDEQForCausalLM")
+for auto_class, names, model_class in (
+    (AutoModel, modeling_auto.MODEL_MAPPING_NAMES, RevDEQModel),
+    (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, RevDEQForCausalLM),
+    (AutoModelForSequenceClassification, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, RevDEQForSequenceClassification),
+    (AutoModelForTokenClassification, modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, RevDEQForTokenClassification),
+    (AutoModelForQuestionAnswering, modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, RevDEQForQuestionAnswering),
+):
+    auto_class.register(RevDEQConfig, model_class, exist_ok=True)
+    names.setdefault("revdeq", model_class.__name__)
 
-__all__ = ["RevDEQForCausalLM", "RevDEQModel", "RevDEQPreTrainedModel"]
+__all__ = [
+    "RevDEQForCausalLM",
+    "RevDEQForQuestionAnswering",
+    "RevDEQForSequenceClassification",
+    "RevDEQForTokenClassification",
+    "RevDEQModel",
+    "RevDEQPreTrainedModel",
+]
