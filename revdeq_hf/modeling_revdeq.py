@@ -1,7 +1,6 @@
 # Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
 """The language model: token embeddings, the fixed point of a transformer block, and a head."""
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForQuestionAnswering, GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -36,6 +36,7 @@ from .cache_revdeq import EvaluationSlots, SharedSlots, check_slots
 from .configuration_revdeq import RevDEQConfig
 from .generation_revdeq import RevDEQGenerationMixin, with_steps
 from .layer_revdeq import ReversibleFixedPoint
+from .loss_revdeq import linear_cross_entropy
 from .steps_revdeq import check_steps
 
 logger = logging.get_logger(__name__)
@@ -324,6 +325,15 @@ class RevDEQModel(RevDEQPreTrainedModel):
         return self.config.gradient
 
 
+class RevDEQHead(nn.Linear):
+    """The output layer: logits of hidden states, or with labels their loss without logits (a call, so that wrappers see it in either case)."""
+
+    def forward(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        if labels is None:
+            return super().forward(hidden_states)
+        return linear_cross_entropy(hidden_states, self.weight, labels, **kwargs)
+
+
 @auto_docstring
 class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -333,8 +343,13 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         super().__init__(config)
         self.model = RevDEQModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = RevDEQHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        super().set_output_embeddings(new_embeddings)
+        if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:  # resize_token_embeddings makes a new one
+            new_embeddings.__class__ = RevDEQHead
 
     @can_return_tuple
     @auto_docstring
@@ -350,6 +365,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         max_steps: int | None = None,
         output_solver_stats: bool = False,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQCausalLMOutput:
         r"""
@@ -357,6 +373,9 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
             Steps of the solve, instead of `config.max_steps`. A cache serves one number of steps only.
         output_solver_stats (`bool`, *optional*, defaults to `False`):
             Whether to return `solver_steps` and `solver_residual`, each of shape (batch, seq).
+        skip_logits (`bool`, *optional*):
+            Whether to compute the loss without the logits, which are None then: a chunk of tokens at a time, so that memory does not grow with
+            tokens x vocab_size. By default so in training: with labels, gradients and `model.train()`. `False` returns them there, too.
 
         Example:
 
@@ -379,10 +398,18 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        hidden_states = outputs.last_hidden_state[:, kept, :]
+        if skip_logits is None:
+            skip_logits = labels is not None and self.training and torch.is_grad_enabled()
+        elif skip_logits and labels is None:
+            raise ValueError("skip_logits=True leaves nothing to return without labels; pass labels, or skip_logits=None")
+        logits = loss = None
+        if skip_logits and self._loss_needs_no_logits():
+            loss = self._loss_without_logits(hidden_states, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return RevDEQCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -392,6 +419,27 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
             solver_steps=outputs.solver_steps if output_solver_stats else None,
             solver_residual=outputs.solver_residual if output_solver_stats else None,
         )
+
+    def _loss_needs_no_logits(self) -> bool:
+        """Whether the loss is the usual one, and the head the usual one: not replaced by a user, nor wrapped by an adapter."""
+        usual = isinstance(self.lm_head, RevDEQHead) and self.loss_function is LOSS_MAPPING["ForCausalLM"]
+        if not usual:
+            logger.warning_once("the loss function or the output layer has been replaced, so training computes all logits")
+        return usual
+
+    def _loss_without_logits(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """As transformers' `ForCausalLMLoss`, which takes the logits."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        return self.lm_head(hidden_states, labels=shift_labels, num_items=num_items_in_batch, ignore_index=ignore_index)
 
 
 # The generic heads make their body with AutoModel.from_config, which a copy of this file on the Hub cannot use in a fresh process, so

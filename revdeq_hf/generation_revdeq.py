@@ -1,0 +1,81 @@
+# Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
+"""What `generate` needs beyond transformers' own: caches for the steps of a call, and a model that drafts for itself."""
+
+import copy
+
+from transformers.generation import GenerationMixin
+from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
+
+from .configuration_revdeq import RevDEQConfig
+from .steps_revdeq import check_steps
+
+
+class RevDEQGenerationMixin(GenerationMixin):
+    """`generate` with `max_steps` and `draft_max_steps`; everything else is transformers'."""
+
+    config: RevDEQConfig
+
+    def generate(self, inputs=None, generation_config=None, *args, draft_max_steps: int | None = None, **kwargs):
+        """transformers' `generate`, and
+
+        Args:
+            max_steps (`int`, *optional*): steps of every solve, instead of `config.max_steps`.
+            draft_max_steps (`int`, *optional*): the model drafts for itself: solves of so few steps propose tokens one by one, one solve of all steps
+                verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution). How many tokens
+                are proposed is `generation_config.num_assistant_tokens`, and `assistant_confidence_threshold` ends a draft early. As all assisted
+                decoding in transformers it takes one sequence at a time and a dynamic cache. Same as `assistant_early_exit`, whose exits are steps here.
+
+        Raises:
+            ValueError: `draft_max_steps` is not below the steps of a full solve; or what transformers' `generate` raises.
+        """
+        if draft_max_steps is not None:
+            steps = check_steps(kwargs.get("max_steps") or self.config.max_steps)
+            if check_steps(draft_max_steps, "draft_max_steps") >= steps:
+                raise ValueError(f"draft_max_steps must be below the steps of a full solve, got {draft_max_steps} and max_steps={steps}")
+            kwargs["assistant_early_exit"] = draft_max_steps
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _get_candidate_generator(
+        self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
+    ) -> CandidateGenerator:
+        steps = generation_config.assistant_early_exit
+        if steps is None:
+            return super()._get_candidate_generator(
+                generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
+            )
+        # transformers' own early exit changes the config while it drafts, and not at all where max_steps is given in the call
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.assistant_early_exit = None
+        return AssistedCandidateGenerator(
+            input_ids=input_ids,
+            assistant_model=self,
+            generation_config=generation_config,
+            model_kwargs={**model_kwargs, "max_steps": steps},
+            inputs_tensor=inputs_tensor,
+            logits_processor=logits_processor,
+        )
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        if not self.config.is_causal:
+            raise ValueError(
+                "a model with config.is_causal=False sees the tokens it should predict and cannot generate; train one with is_causal=True"
+            )
+        return super().prepare_inputs_for_generation(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        # generate makes its cache from the config: show it the steps of this call
+        own, steps = self.config, model_kwargs.get("max_steps")
+        self.config = with_steps(own, own.max_steps if steps is None else check_steps(steps))
+        try:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        finally:
+            self.config = own
+
+
+def with_steps(config: RevDEQConfig, steps: int) -> RevDEQConfig:
+    """The config, or a copy of it, with this number of steps."""
+    if steps == config.max_steps:
+        return config
+    config = copy.copy(config)
+    config.max_steps = steps
+    return config

@@ -1,0 +1,196 @@
+"""Generation: every cache equals no cache, stopping token by token, shared slots, a model that drafts for itself."""
+
+import pytest
+import torch
+from test_language_model import IDS, small
+from transformers import DynamicCache, StaticCache
+
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
+
+GREEDY = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+TEXT = torch.randint(1, 67, (2, 70), generator=torch.Generator().manual_seed(5))
+
+
+def contractive(scale: float = 0.7, **kwargs) -> RevDEQForCausalLM:
+    """A model whose iteration converges quickly, but not at once; with larger weights it takes some tokens long."""
+    model = small(**{"beta": 0.9, **kwargs})
+    with torch.no_grad():
+        for parameter in model.model.solve.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(scale)
+    return model
+
+
+def left_padded(ids: torch.Tensor, padding: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = ids.clone(), torch.ones_like(ids)
+    ids[0, :padding], mask[0, :padding] = 0, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(tol=0.05, scale=3.0, beta=0.7),
+        dict(tol=0.02, scale=3.0, beta=0.8),
+        dict(tol=0.1, block_type="paper", beta=0.8),
+        dict(tol=0.02, scale=3.0, beta=0.7, num_prelude_layers=1, num_coda_layers=1),
+    ],
+    ids=str,
+)
+def test_with_tol_each_token_stops_by_itself_and_the_cache_equals_no_cache(settings):
+    model = contractive(max_steps=12, **settings)
+    ids, mask = left_padded(IDS)
+    out = model(ids, attention_mask=mask, output_solver_stats=True)
+    assert out.solver_steps.shape == out.solver_residual.shape == ids.shape
+    assert len(set(out.solver_steps[mask.bool()].tolist())) > 1, "all tokens stop at the same step: this proves little"
+    assert (out.solver_residual[out.solver_steps < 12] <= settings["tol"]).all()
+    assert model(ids).solver_steps is None
+    out.logits.sum().backward()
+    assert model.model.solve.drift == 0
+    plain = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
+    for implementation in ("dynamic", "static"):
+        cached = model.generate(ids, attention_mask=mask, cache_implementation=implementation, disable_compile=True, **GREEDY)
+        assert torch.equal(plain.sequences, cached.sequences)
+        torch.testing.assert_close(torch.stack(plain.logits), torch.stack(cached.logits), rtol=0, atol=1e-5)
+
+
+def test_a_token_that_stops_alone_leaves_what_its_later_evaluations_would_have_seen():
+    """One token at a time: the solve ends with it, and the rest of its slots is filled with the keys and values of its pair of states in turn."""
+    model = contractive(tol=0.05, scale=3.0, beta=0.7, max_steps=12)
+    ids = IDS[1:]
+    with torch.no_grad():
+        whole = model(ids, use_cache=False, output_solver_stats=True)
+        cache, parts = DynamicCache(config=model.config), []
+        for token in range(ids.shape[1]):
+            parts.append(model(ids[:, token : token + 1], past_key_values=cache, use_cache=True, output_solver_stats=True))
+    assert (torch.cat([part.solver_steps for part in parts], 1) == whole.solver_steps).all()
+    assert (whole.solver_steps < 12).sum() > 3
+    torch.testing.assert_close(torch.cat([part.logits for part in parts], 1), whole.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("tol", [None, 0.02])
+@pytest.mark.parametrize("block", ["modern", "paper"])
+def test_chunked_prefill_equals_the_whole(block, tol, chunk):
+    model = contractive(tol=tol, max_steps=6, block_type=block, max_position_embeddings=128)
+    ids, mask = left_padded(TEXT, 9)
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=80)):
+            parts = []
+            for start in range(0, ids.shape[1], chunk):
+                end = min(start + chunk, ids.shape[1])
+                step = dict(attention_mask=mask[:, :end], position_ids=positions[:, start:end], past_key_values=cache, use_cache=True)
+                parts.append(model(ids[:, start:end], **step).logits)
+            found = torch.cat(parts, dim=1)
+            torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-5)
+    plain = model.generate(ids[:1], attention_mask=mask[:1], use_cache=False, **GREEDY)
+    chunked = model.generate(ids[:1], attention_mask=mask[:1], prefill_chunk_size=chunk, **GREEDY)
+    assert torch.equal(plain.sequences, chunked.sequences)
+
+
+def test_beams_of_four_with_tol():
+    model = contractive(tol=0.02, max_steps=6)
+    ids, mask = left_padded(IDS)
+    settings = {**GREEDY, "num_beams": 4, "attention_mask": mask}
+    with_cache, without = (model.generate(ids, use_cache=flag, **settings) for flag in (True, False))
+    assert torch.equal(with_cache.sequences, without.sequences)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(num_prelude_layers=1, num_coda_layers=1, num_block_layers=2)], ids=str)
+def test_a_shared_cache_is_one_slot_per_layer_exact_within_a_segment_and_at_the_fixed_point(settings):
+    model = contractive(kv_cache="shared", max_steps=14, **settings)
+    own = contractive(max_steps=14, **settings)
+    layers = settings.get("num_block_layers", 1) + 2 * settings.get("num_prelude_layers", 0)
+    assert model.config.num_hidden_layers == layers
+    ids, mask = left_padded(IDS)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, use_cache=True)
+        assert len(out.past_key_values.layers) == layers
+        assert out.past_key_values.get_seq_length() == ids.shape[1]
+        assert torch.equal(out.logits, own(ids, attention_mask=mask, use_cache=False).logits), "the first segment knows no difference"
+    plain = own.generate(ids, attention_mask=mask, use_cache=False, **GREEDY)
+    for implementation in ("dynamic", "static"):
+        cached = model.generate(ids, attention_mask=mask, cache_implementation=implementation, disable_compile=True, **GREEDY)
+        assert torch.equal(plain.sequences, cached.sequences)
+        torch.testing.assert_close(torch.stack(plain.logits), torch.stack(cached.logits), rtol=0, atol=1e-4)
+    beams = [m.generate(ids, attention_mask=mask, num_beams=3, **GREEDY).sequences for m in (model, own)]
+    assert torch.equal(*beams)
+
+
+def test_a_shared_cache_is_an_approximation_before_the_fixed_point_and_serves_any_number_of_steps():
+    model, own = contractive(kv_cache="shared", max_steps=2), contractive(max_steps=2)
+    with torch.no_grad():
+        cache = model(IDS[:, :6], use_cache=True).past_key_values
+        approximate = model(IDS[:, 6:7], past_key_values=cache).logits
+        exact = own(IDS[:, :7]).logits[:, -1:]
+        assert not torch.allclose(approximate, exact, rtol=0, atol=1e-5), "converged already: this proves nothing"
+        torch.testing.assert_close(approximate, exact, rtol=0, atol=0.5)
+        assert model(IDS[:, 7:8], past_key_values=cache, max_steps=9).logits.isfinite().all()
+        assert cache.get_seq_length() == 8
+        filled = own(IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="has 4 slots"):
+        model(IDS[:, :1], past_key_values=filled)
+
+
+def test_with_tol_a_shared_cache_keeps_the_last_evaluation_whichever_it_was():
+    model, own = contractive(kv_cache="shared", max_steps=40, tol=1e-5), contractive(max_steps=40)
+    cached, plain = model.generate(IDS, **GREEDY), own.generate(IDS, use_cache=False, **GREEDY)
+    assert torch.equal(plain.sequences, cached.sequences)
+    torch.testing.assert_close(torch.stack(plain.logits), torch.stack(cached.logits), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kv_cache", ["per_evaluation", "shared"])
+@pytest.mark.parametrize("tol", [None, 0.02])
+def test_a_model_that_drafts_for_itself_writes_the_same(kv_cache, tol):
+    model = contractive(kv_cache=kv_cache, tol=tol, max_steps=6)
+    settings = dict(max_new_tokens=24, do_sample=False, pad_token_id=0)
+    calls: list[tuple[int, int]] = []
+    model.register_forward_pre_hook(lambda m, a, k: calls.append((k.get("max_steps") or 6, k["input_ids"].shape[1])), with_kwargs=True)
+    for row in range(2):
+        plain = model.generate(IDS[row : row + 1], **settings)
+        calls.clear()
+        drafted = model.generate(IDS[row : row + 1], draft_max_steps=2, **settings)
+        assert torch.equal(plain, drafted)
+        assert {steps for steps, _ in calls} == {2, 6}
+        verifications = [length for steps, length in calls if steps == 6]
+        assert len(verifications) < 24, "nothing proposed was ever accepted"
+        assert max(verifications[1:], default=2) > 1, "several tokens are verified at once"
+    longer = dict(max_steps=9, **settings)
+    assert torch.equal(model.generate(IDS[:1], **longer), model.generate(IDS[:1], draft_max_steps=2, **longer))
+    assert model.config.max_steps == 6
+    assert model.generation_config.assistant_early_exit is None
+
+
+def test_drafts_that_cannot_be_are_told():
+    model = contractive(max_steps=3)
+    for steps in (3, 7):
+        with pytest.raises(ValueError, match="below the steps of a full solve"):
+            model.generate(IDS[:1], draft_max_steps=steps)
+    with pytest.raises(ValueError, match="draft_max_steps must be a whole number"):
+        model.generate(IDS[:1], draft_max_steps=0)
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(IDS, draft_max_steps=1, pad_token_id=0, max_new_tokens=4)
+
+
+def test_a_cache_given_with_gradients_takes_the_stored_path():
+    model = contractive(tol=0.02, max_steps=6)
+    whole = model(IDS, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    model(IDS[:, :5], past_key_values=cache, use_cache=True)
+    logits = model(IDS[:, 5:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(logits, whole[:, 5:], rtol=0, atol=1e-5)
+    logits.sum().backward()
+    assert model.model.embed_tokens.weight.grad[IDS[0, 0]].abs().sum() > 0, "the first segment gets gradients through the cache"
+
+
+def test_the_slots_of_a_config_are_not_a_setting():
+    shared = RevDEQConfig(kv_cache="shared", num_block_layers=2, num_attention_heads=4, hidden_size=32)
+    assert shared.num_hidden_layers == 2
+    shared.num_hidden_layers = 2
+    with pytest.raises(ValueError, match="kv_cache='shared'"):
+        shared.num_hidden_layers = 4
+    own = RevDEQConfig(num_block_layers=2, num_attention_heads=4, hidden_size=32)
+    own.num_hidden_layers = 40
+    assert own.max_steps == 10
