@@ -28,6 +28,7 @@ import datasets
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
@@ -60,6 +61,12 @@ SPLITS = ("train", "validation", "test")
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model to go on from, instead of a new one."})
+    model_type: str = field(
+        default="revdeq", metadata={"help": "revdeq, or an explicit model to compare with, e.g. llama (transformers' names)."}
+    )
+    num_hidden_layers: int = field(
+        default=1, metadata={"help": "Layers of an explicit model; a revdeq's own count follows from its steps."}
+    )
     block_type: str = field(default="modern", metadata={"help": "Block of a new model: modern or paper."})
     hidden_size: int = field(default=192, metadata={"help": "Width of the state."})
     intermediate_size: int = field(default=576, metadata={"help": "Width of the MLP's hidden layer(s)."})
@@ -70,6 +77,11 @@ class ModelArguments:
     solver_steps: int = field(default=2, metadata={"help": "Steps of a solve, two evaluations of the block each (config.max_steps)."})
     tol: float | None = field(default=None, metadata={"help": "Relative residual at which an example stops; always all steps by default."})
     gradient: str = field(default="reversible", metadata={"help": "Gradient mode: reversible, checkpoint or backprop."})
+    steps_sampling: str | None = field(
+        default=None,
+        metadata={"help": 'Steps drawn for each batch, as JSON: \'{"distribution": "uniform", "min_steps": 2, "max_steps": 8}\'.'},
+    )
+    kv_cache: str = field(default="per_evaluation", metadata={"help": "Cache of generation: per_evaluation or shared."})
     keep_evaluations: int = field(default=1, metadata={"help": "Evaluations whose graphs are kept for the backward pass."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout inside the block."})
     tie_word_embeddings: bool = field(default=False, metadata={"help": "Share the embedding's weights with the head."})
@@ -242,14 +254,24 @@ def pack(
 def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.nn.Module:
     if options.model_name_or_path:
         return AutoModelForCausalLM.from_pretrained(options.model_name_or_path)
-    config = RevDEQConfig(
+    common: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size,
         num_attention_heads=options.num_attention_heads,
-        num_key_value_heads=options.num_key_value_heads,
-        num_block_layers=options.num_block_layers,
+        num_key_value_heads=options.num_key_value_heads or options.num_attention_heads,
         max_position_embeddings=block_size,
+        tie_word_embeddings=options.tie_word_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    if options.model_type != "revdeq":
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(options.model_type, num_hidden_layers=options.num_hidden_layers, **common)
+        )
+    config = RevDEQConfig(
+        **common,
+        num_block_layers=options.num_block_layers,
         hidden_act="silu" if options.block_type == "modern" else "gelu_pytorch_tanh",
         block_type=options.block_type,
         beta=options.beta,
@@ -259,9 +281,8 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, blo
         keep_evaluations=options.keep_evaluations,
         attention_dropout=options.dropout,
         hidden_dropout=options.dropout,
-        tie_word_embeddings=options.tie_word_embeddings,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        steps_sampling=None if options.steps_sampling is None else json.loads(options.steps_sampling),
+        kv_cache=options.kv_cache,
     )
     return RevDEQForCausalLM(config)
 

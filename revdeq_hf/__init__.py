@@ -5,7 +5,7 @@ Importing the package registers its models with transformers' Auto classes.
 
 from ._version import __version__
 from .configuration_revdeq import RevDEQConfig, RevDEQVisionConfig
-from .diagnostics import Diagnosis, diagnose
+from .diagnostics import Diagnosis, LogitLens, diagnose, logit_lens
 from .layer_revdeq import DriftError, FixedPointSolution, ReversibleFixedPoint, SolveStatistics
 from .modeling_revdeq import (
     RevDEQForCausalLM,
@@ -21,6 +21,7 @@ __all__ = [
     "Diagnosis",
     "DriftError",
     "FixedPointSolution",
+    "LogitLens",
     "RevDEQConfig",
     "RevDEQForCausalLM",
     "RevDEQForImageClassification",
@@ -36,4 +37,5 @@ __all__ = [
     "SolveStatistics",
     "__version__",
     "diagnose",
+    "logit_lens",
 ]

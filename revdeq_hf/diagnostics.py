@@ -1,7 +1,9 @@
-"""How does a fixed point converge? `diagnose` runs one batch and answers with residuals, spectral radius and drift."""
+"""How does a fixed point converge? `diagnose` runs one batch and answers with residuals, spectral radius and drift; `logit_lens` shows what a language
+model would say after each step of its solve."""
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,3 +210,101 @@ def _spectral_radius(z: State, f: State, iterations: int) -> torch.Tensor:
         row = tuple(torch.zeros_like(part) if g is None else g for g, part in zip(found, z, strict=True))
     later = torch.stack(growths[iterations // 2 :])
     return later.log().mean(dim=0).exp().float()
+
+
+@dataclass
+class LogitLens:
+    """What a language model would predict, had its solve ended after each step. The last step is what the model does predict.
+
+    Attributes:
+        tokens: (steps, batch, seq, k) ids of the k most probable next tokens.
+        log_probs: (steps, batch, seq, k) float32, their log-probabilities in nats.
+        divergence: (steps, batch, seq) float32, Kullback-Leibler divergence in nats of the last step's distribution from this step's.
+        residual: (steps begun, batch, seq) float32, relative residual at the start of each step.
+        solver_steps: (batch, seq) int64, steps each position took (fewer than all where `tol` stopped it).
+    """
+
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
+    divergence: torch.Tensor
+    residual: torch.Tensor
+    solver_steps: torch.Tensor
+
+    @property
+    def settled(self) -> torch.Tensor:
+        """(batch, seq) int64: the step (from 1) after which the most probable token is, and stays, that of the last step."""
+        first = self.tokens[..., 0]
+        differs = first != first[-1]
+        numbers = torch.arange(1, len(first) + 1, device=first.device)[:, None, None]
+        return (differs * numbers).amax(dim=0) + 1
+
+    def plot(self, path: "str | os.PathLike", words: Sequence[str], tokenizer: Any = None, row: int = 0) -> None:
+        """Draws one text as a heat map to a PNG or PDF file: steps upwards, positions to the right, colour the divergence from the last step, a
+        second panel with the residual. Needs matplotlib.
+
+        Args:
+            path: the file.
+            words: how to name the positions, e.g. `tokenizer.convert_ids_to_tokens(ids[0])`.
+            tokenizer: with it each cell names the token it predicts; readable for up to some 40 positions.
+            row: which text of the batch.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+
+        steps, _, length, _ = self.tokens.shape
+        if len(words) != length:
+            raise ValueError(f"words must name the {length} positions of the text, got {len(words)}")
+        figure = Figure(figsize=(max(6.0, 0.55 * length), 1.8 + 0.5 * steps + 0.35 * len(self.residual)), layout="constrained")
+        FigureCanvasAgg(figure)
+        upper, lower = figure.subplots(2, 1, height_ratios=[1.4, 1])
+        divergence, residual = (x[:, row].clamp_min(1e-5).cpu().numpy() for x in (self.divergence, self.residual))
+        panels = (
+            (upper, divergence, "nats from the last step", "after step"),
+            (lower, residual, "relative residual", "at the start of step"),
+        )
+        for axes, values, title, label in panels:
+            low, high = float(values.min()), float(values.max())
+            image = axes.imshow(
+                values,
+                origin="lower",
+                aspect="auto",
+                cmap="viridis_r",
+                norm=LogNorm(low, max(high, 1.01 * low)),
+                extent=(-0.5, length - 0.5, 0.5, len(values) + 0.5),
+            )
+            axes.set(ylabel=label, yticks=range(1, len(values) + 1), xticks=range(length))
+            axes.set_xticklabels(words if axes is lower else [""] * length, rotation=90, fontsize="small")
+            figure.colorbar(image, ax=axes, label=title, pad=0.01)
+        if tokenizer is not None:
+            for step in range(steps):
+                for position in range(length):
+                    word = tokenizer.decode([int(self.tokens[step, row, position, 0])])
+                    upper.text(position, step + 1, word.strip() or repr(word), ha="center", va="center", fontsize=6, clip_on=True)
+        figure.savefig(path, dpi=130)
+
+
+@torch.no_grad()
+def logit_lens(model: Any, input_ids: torch.Tensor, top_k: int = 5, max_steps: int | None = None, **kwargs: Any) -> LogitLens:
+    """What a causal language model of this package would predict after each step of its solve.
+
+    Args:
+        model: a `RevDEQForCausalLM`.
+        input_ids: (batch, seq).
+        top_k: tokens to keep for each step and position.
+        max_steps: steps of the solve, instead of the config's.
+        kwargs: further arguments of `RevDEQModel.forward`, such as `attention_mask`.
+
+    Cost: one solve, the coda and the head once per step; logits of two steps at a time.
+    """
+    out = model.model(input_ids, max_steps=max_steps, output_trajectory=True, **kwargs)
+    predict = lambda states: torch.log_softmax(model.lm_head(states).float(), dim=-1)  # noqa: E731
+    last = predict(out.trajectory[-1])
+    tokens, log_probs, divergence = [], [], []
+    for states in out.trajectory:
+        found = predict(states)
+        best = found.topk(top_k, dim=-1)
+        tokens.append(best.indices)
+        log_probs.append(best.values)
+        divergence.append((last.exp() * (last - found)).sum(-1).clamp_min(0))
+    return LogitLens(torch.stack(tokens), torch.stack(log_probs), torch.stack(divergence), out.step_residuals, out.solver_steps)

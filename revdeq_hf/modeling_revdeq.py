@@ -49,10 +49,14 @@ class RevDEQModelOutput(BaseModelOutputWithPast):
     Args:
         solver_steps (`torch.LongTensor` of shape `(batch, seq)`): Steps each position took.
         solver_residual (`torch.FloatTensor` of shape `(batch, seq)`): Relative residual of each position, see `FixedPointSolution`.
+        trajectory (`tuple(torch.FloatTensor)`): With `output_trajectory=True`, what `last_hidden_state` would be had the solve ended after each step.
+        step_residuals (`torch.FloatTensor` of shape `(steps begun, batch, seq)`): With `output_trajectory=True`, residuals at the start of each step.
     """
 
     solver_steps: torch.Tensor | None = None
     solver_residual: torch.Tensor | None = None
+    trajectory: tuple[torch.Tensor, ...] | None = None
+    step_residuals: torch.Tensor | None = None
 
 
 @dataclass
@@ -209,11 +213,14 @@ class RevDEQModel(RevDEQPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         max_steps: int | None = None,
+        output_trajectory: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQModelOutput:
         r"""
         max_steps (`int`, *optional*):
-            Steps of the solve, instead of `config.max_steps`. A cache serves one number of steps only.
+            Steps of the solve, instead of `config.max_steps`. A cache of `kv_cache="per_evaluation"` serves one number of steps only.
+        output_trajectory (`bool`, *optional*, defaults to `False`):
+            Whether to return `trajectory` and `step_residuals`; without a cache, at the price of a state per step.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -226,6 +233,12 @@ class RevDEQModel(RevDEQPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError(
                     "with config.is_causal=False tokens see those after them, so no cache can be kept; pass past_key_values=None"
+                )
+        if output_trajectory:
+            use_cache = False
+            if past_key_values is not None:
+                raise ValueError(
+                    "output_trajectory=True runs the layers after the fixed point once per step and needs past_key_values=None"
                 )
         past_key_values = self._usable_cache(past_key_values, use_cache, steps)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -256,22 +269,28 @@ class RevDEQModel(RevDEQPreTrainedModel):
             past_key_values=slots,
             max_steps=None if drawn else steps,
             gradient=self._gradient_mode(past_key_values, kwargs),
+            output_trajectory=output_trajectory,
             **attention,
         )
-        hidden_states = solution.z
         after = None
         if past_key_values is not None and slots is not None:
             slots.finish(2 * steps)
             first = with_steps(self.config, steps).num_hidden_layers - self.config.num_coda_layers
             after = EvaluationSlots(past_key_values, first, 0)
-        for layer in self.coda:
-            hidden_states = layer(hidden_states, past_key_values=after, **attention)
         return RevDEQModelOutput(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=self._read_out(solution.z, after, attention),
             past_key_values=past_key_values,
             solver_steps=solution.steps,
             solver_residual=solution.residual,
+            trajectory=tuple(self._read_out(z, None, attention) for z in solution.trajectory) if output_trajectory else None,
+            step_residuals=solution.step_residuals,
         )
+
+    def _read_out(self, hidden_states: torch.Tensor, cache: EvaluationSlots | None, attention: dict) -> torch.Tensor:
+        """What follows the fixed point: the coda and the last norm."""
+        for layer in self.coda:
+            hidden_states = layer(hidden_states, past_key_values=cache, **attention)
+        return self.norm(hidden_states)
 
     def _embed(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         assert input_ids is not None
@@ -370,7 +389,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
     ) -> RevDEQCausalLMOutput:
         r"""
         max_steps (`int`, *optional*):
-            Steps of the solve, instead of `config.max_steps`. A cache serves one number of steps only.
+            Steps of the solve, instead of `config.max_steps`. A cache of `kv_cache="per_evaluation"` serves one number of steps only.
         output_solver_stats (`bool`, *optional*, defaults to `False`):
             Whether to return `solver_steps` and `solver_residual`, each of shape (batch, seq).
         skip_logits (`bool`, *optional*):

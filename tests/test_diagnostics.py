@@ -8,7 +8,7 @@ import torch
 from conftest import make_block
 from torch import nn
 
-from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint, diagnose
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint, diagnose, logit_lens
 
 
 class Affine(nn.Module):
@@ -122,3 +122,37 @@ def test_bad_calls_are_told():
         diagnose(nn.Linear(2, 2), torch.randn(1, 2))
     with pytest.raises(ValueError, match="power_iterations"):
         diagnose(nn.Linear(2, 2), torch.randn(1, 2), power_iterations=1)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(num_prelude_layers=1, num_coda_layers=1), dict(tol=0.02)], ids=str)
+def test_the_logit_lens_shows_what_shorter_solves_say(settings, tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_attention_heads=2, initializer_range=0.3)
+    model = RevDEQForCausalLM(RevDEQConfig(**sizes, max_steps=6, beta=0.8, **settings)).eval()
+    ids = torch.randint(0, 50, (2, 9))
+    lens = logit_lens(model, ids, top_k=3)
+    steps = len(lens.tokens)
+    assert lens.tokens.shape == lens.log_probs.shape == (steps, 2, 9, 3)
+    with torch.no_grad():
+        for count in range(1, steps + 1):
+            shorter = torch.log_softmax(model(ids, max_steps=count).logits, -1)
+            torch.testing.assert_close(lens.log_probs[count - 1], shorter.topk(3).values, rtol=0, atol=1e-5)
+        last = torch.log_softmax(model(ids).logits, -1)
+        first = torch.log_softmax(model(ids, max_steps=1).logits, -1)
+    expected = torch.nn.functional.kl_div(first, last, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(lens.divergence[0], expected, rtol=1e-3, atol=1e-5)
+    assert lens.divergence[-1].max() == 0
+    assert torch.equal(lens.tokens[-1, ..., 0], last.argmax(-1))
+    for row in range(2):
+        for position in range(9):
+            said, step = lens.tokens[:, row, position, 0], int(lens.settled[row, position])
+            assert (said[step - 1 :] == said[-1]).all()
+            assert step == 1 or said[step - 2] != said[-1]
+    assert lens.residual.shape == (steps + (0 if "tol" not in settings or steps == 6 else 1), 2, 9)
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
+    lens.plot(tmp_path / "lens.png", [str(i) for i in ids[0].tolist()])
+    assert (tmp_path / "lens.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="9 positions"):
+        lens.plot(tmp_path / "lens.png", ["one"])
+    with pytest.raises(ValueError, match="past_key_values=None"), torch.no_grad():
+        model.model(ids, past_key_values=model(ids, use_cache=True).past_key_values, output_trajectory=True)
