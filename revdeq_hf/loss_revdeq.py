@@ -16,7 +16,6 @@ kept cannot be gone through twice. This one gives the same bits in all supported
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 2**26  # of float32 logits: some thousand rows at small vocabularies, 333 at 50,304
 
@@ -52,6 +51,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: shapes or label_smoothing do not fit.
         IndexError, RuntimeError: a label is outside the vocabulary (from torch).
+        RuntimeError: in the backward pass, if a second derivative is asked for.
     """
     if hidden_states.shape[:-1] != labels.shape:
         raise ValueError(
@@ -91,8 +91,11 @@ class _Summed(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_total):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the loss without logits has first derivatives only; pass skip_logits=False for second ones (create_graph=True)"
+            )
         # not in place: the graph may be gone through again
         grads = [None if grad is None else (grad * grad_total).to(dtype) for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return *grads, None, None, None, None, None
