@@ -24,11 +24,14 @@ def test_docstring_examples_run(name):
         assert result.attempted > 0
 
 
-def test_readme_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 2
+@pytest.mark.parametrize("name", ["README.md", "docs/layer.md"])
+def test_examples_of_the_documentation_run(name):
+    """The python blocks of a page one after another, as a reader would type them."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
+    assert len(blocks) >= 2
+    names: dict = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, name, "exec"), names)
 
 
 def test_readme_begins_with_the_two_commands():
