@@ -2,15 +2,15 @@
 
 A training step of N steps by reversal is compared with the same evaluations of the block without any solver: 2N - 1 without a graph, 1 with its graph,
 2N - 1 with graphs again (the recomputation of the backward pass) and 2N vector-Jacobian products, for the same inputs. Both are run in turn
-within one process, and the ratio is taken turn by turn, so that neighbours in time met the same machine. On the CPU the time is the processor time of
-the process, in which waiting for a core that others use does not count. The share is 1 - 1 / ratio: scaling, clamping, rounding and counting, the
-sums of gradients over evaluations, and what autograd itself does around the solve.
+within one process, and the ratio is taken turn by turn, so that neighbours in time met the same machine. With one thread the time is the
+processor's, in which waiting for a core that others use does not count; with more, and on an accelerator, it is the clock's. The share is
+1 - 1 / ratio: scaling, clamping, rounding and counting, the sums of gradients over evaluations, and what autograd itself does around the solve.
 
 A difference of two long times is noisy, so the same is also measured directly: the solve around a block of one addition, less the same
 evaluations of that block alone, as a share of the training step (without the sums of parameter gradients, of which that block has none).
 
     python benchmarks/overhead.py                    # width 256, 256 tokens, batch 8, on 1 and 2 threads
-    python benchmarks/overhead.py --bf16 --threads 2
+    python benchmarks/overhead.py --bf16 --threads 1 --steps 4 --repeats 2    # slow where the processor has no bfloat16
 """
 
 import argparse
@@ -36,8 +36,8 @@ class Cheap(nn.Module):
 
 
 def in_turn(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function: on an accelerator those of the clock, on the CPU those that the processor spent on this process."""
-    if torch.cuda.is_available():
+    """Seconds of each function: with one thread those that the processor spent on this process, else those of the clock."""
+    if torch.cuda.is_available() or torch.get_num_threads() > 1:  # threads that wait for one another spend processor time too
         return interleaved(functions, repeats, warm_up=1)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(1 + repeats):
