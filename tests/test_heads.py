@@ -1,0 +1,241 @@
+"""The heads: registered, saved and loaded, their arguments reach the body, and each learns a small real task from Python's own source text."""
+
+import io
+import keyword
+import random
+import tokenize
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DynamicCache,
+)
+from transformers.models.auto import modeling_auto
+
+from revdeq_hf import (
+    RevDEQConfig,
+    RevDEQForCausalLM,
+    RevDEQForQuestionAnswering,
+    RevDEQForSequenceClassification,
+    RevDEQForTokenClassification,
+    RevDEQModel,
+)
+
+SMALL = dict(
+    vocab_size=260, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3, drift_policy="raise", pad_token_id=256
+)
+IDS = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(3))
+HEADS = [
+    (RevDEQForSequenceClassification, AutoModelForSequenceClassification, dict(labels=torch.tensor([0, 1, 2]))),
+    (RevDEQForTokenClassification, AutoModelForTokenClassification, dict(labels=IDS % 3)),
+    (
+        RevDEQForQuestionAnswering,
+        AutoModelForQuestionAnswering,
+        dict(start_positions=torch.tensor([0, 1, 2]), end_positions=torch.tensor([3, 8, 2])),
+    ),
+]
+
+
+@pytest.mark.parametrize(("head", "auto", "labels"), HEADS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize("block_type", ["modern", "paper"])
+def test_heads_load_train_exactly_and_take_max_steps(head, auto, labels, block_type, tmp_path):
+    results = []
+    for gradient in ("reversible", "backprop"):
+        torch.manual_seed(0)
+        model = head(RevDEQConfig(**SMALL, num_labels=3, block_type=block_type, gradient=gradient))
+        out = model(IDS, **labels)
+        out.loss.backward()
+        assert model.model.solve.drift == 0
+        results.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert all(grad is not None and grad.abs().sum() > 0 for grad in results[-1].values())
+    assert all(torch.equal(grad, results[1][name]) for name, grad in results[0].items())
+    logits = out[1]
+    assert not torch.equal(logits, model(IDS, **labels, max_steps=1)[1])
+    assert model.model.solve.statistics.evaluations == 2
+    model.save_pretrained(tmp_path)
+    loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is head
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    torch.testing.assert_close(loaded(IDS, **labels)[1], logits, rtol=0, atol=0)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), RevDEQModel)
+    body = RevDEQForCausalLM.from_pretrained(tmp_path)  # the body's weights serve other heads
+    assert torch.equal(body.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_the_tables_of_names_know_the_heads():
+    """Trainer and pipelines look there."""
+    for table, name in (
+        (modeling_auto.MODEL_MAPPING_NAMES, "RevDEQModel"),
+        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "RevDEQForCausalLM"),
+        (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "RevDEQForSequenceClassification"),
+        (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "RevDEQForTokenClassification"),
+        (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "RevDEQForQuestionAnswering"),
+    ):
+        assert table["revdeq"] == name
+
+
+def test_a_sequence_is_read_at_its_last_token_wherever_the_padding_is():
+    torch.manual_seed(0)
+    model = RevDEQForSequenceClassification(RevDEQConfig(**SMALL, num_labels=3)).eval()
+    alone = model(IDS[:1, :5]).logits
+    padded = IDS.clone()
+    padded[0, 5:] = 256
+    torch.testing.assert_close(model(padded, attention_mask=(padded != 256).long()).logits[:1], alone, rtol=0, atol=1e-6)
+    padded[0] = torch.cat([torch.full((4,), 256), IDS[0, :5]])
+    positions = (padded != 256).long().cumsum(-1).sub(1).clamp(0)
+    got = model(padded, attention_mask=(padded != 256).long(), position_ids=positions).logits[:1]
+    torch.testing.assert_close(got, alone, rtol=0, atol=1e-6)
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="padding token"):
+        model(IDS)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("block_type", ["modern", "paper"])
+def test_attention_in_both_directions(attention, block_type):
+    torch.manual_seed(0)
+    config = RevDEQConfig(**SMALL, num_labels=3, is_causal=False, block_type=block_type, attn_implementation=attention)
+    model = RevDEQForTokenClassification(config).eval()
+    changed = IDS.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 256
+    first = model(IDS).logits
+    assert not torch.equal(first[:, 0], model(changed).logits[:, 0])
+    padded = torch.cat([IDS, torch.full((3, 4), 256)], 1)
+    got = model(padded, attention_mask=(padded != 256).long()).logits[:, :9]
+    torch.testing.assert_close(got, first, rtol=0, atol=1e-6)
+    assert got.isfinite().all()
+    causal = RevDEQForTokenClassification(RevDEQConfig(**SMALL, num_labels=3, block_type=block_type, attn_implementation=attention)).eval()
+    assert torch.equal(causal(IDS).logits[:, 0], causal(changed).logits[:, 0])
+
+
+def test_a_model_that_sees_the_future_keeps_no_cache_and_does_not_generate():
+    model = RevDEQForCausalLM(RevDEQConfig(**SMALL, is_causal=False)).eval()
+    with torch.no_grad():
+        assert model(IDS, use_cache=True).past_key_values is None
+        with pytest.raises(ValueError, match="is_causal=False"):
+            model(IDS, past_key_values=DynamicCache(config=model.config))
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="cannot generate"):
+            model.generate(IDS, max_new_tokens=2, use_cache=use_cache)
+    assert AutoConfig.for_model("revdeq").is_causal
+
+
+# Tasks made of the standard library's source text, read as bytes.
+WIDTH = 24
+SOURCES = ("argparse.py", "ast.py", "heapq.py", "inspect.py", "subprocess.py", "tarfile.py", "threading.py", "typing.py")
+TINY = {**SMALL, "max_steps": 2}
+
+
+def source_lines() -> list[str]:
+    folder = Path(random.__file__).parent
+    lines = [line.strip() for name in SOURCES for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    return list(dict.fromkeys(line for line in lines if 12 <= len(line) <= WIDTH and line.isascii()))
+
+
+def encode(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[*text.encode(), *[256] * (WIDTH - len(text))] for text in texts])
+
+
+def train(model, batch: dict[str, torch.Tensor], updates: int, size: int = 16, rate: float = 1e-2) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=updates)
+    generator = torch.Generator().manual_seed(0)
+    model.train()
+    for _ in range(updates):
+        rows = torch.randint(0, batch["input_ids"].shape[0], (size,), generator=generator)
+        optimizer.zero_grad()
+        model(**{name: value[rows] for name, value in batch.items()}).loss.backward()
+        optimizer.step()
+        schedule.step()
+    assert model.model.solve.drift == 0
+    model.eval()
+
+
+def test_sequence_classification_learns_comments_from_code():
+    """Is a line of source prose or code? The comment sign is taken away."""
+    lines = source_lines()
+    prose = [line.lstrip("# ") for line in lines if line.startswith("# ")]
+    code = [line for line in lines if line.endswith((":", ")", "]")) and not line.startswith("#") and '"' not in line]
+    random.Random(0).shuffle(code)
+    count = min(len(prose), len(code)) // 2 * 2
+    texts = [text for pair in zip(prose[:count], code[:count], strict=True) for text in pair]
+    ids, labels = encode(texts), torch.arange(len(texts)) % 2
+    batch = {"input_ids": ids, "attention_mask": (ids != 256).long(), "labels": labels}
+    torch.manual_seed(0)
+    model = RevDEQForSequenceClassification(RevDEQConfig(**TINY, num_labels=2))
+    held = len(texts) // 4
+    train(model, {name: value[held:] for name, value in batch.items()}, updates=80)
+    with torch.no_grad():
+        right = model(ids[:held], attention_mask=batch["attention_mask"][:held]).logits.argmax(-1) == labels[:held]
+    assert right.float().mean() > 0.8  # chance: 0.5
+
+
+def token_task() -> tuple[list[str], list[list[int]]]:
+    """Lines, and for every character 1 where it belongs to a keyword, 2 to a number or string, 3 to another name, else 0."""
+    texts, kinds = [], []
+    for line in source_lines():
+        marks = [0] * len(line)
+        try:
+            for token in tokenize.generate_tokens(io.StringIO(line).readline):
+                kind = {tokenize.NUMBER: 2, tokenize.STRING: 2}.get(token.type, 0)
+                if token.type == tokenize.NAME:
+                    kind = 1 if keyword.iskeyword(token.string) else 3
+                if token.start[0] == 1:
+                    marks[token.start[1] : token.end[1]] = [kind] * (token.end[1] - token.start[1])
+        except (tokenize.TokenError, IndentationError, SyntaxError):
+            continue
+        if line[0] != "#" and 1 in marks:
+            texts.append(line)
+            kinds.append(marks[: len(line)])  # the end of the line is a token, too
+    return texts, kinds
+
+
+def test_token_classification_learns_kinds_of_python_tokens():
+    """A keyword is known by its end, so sight in both directions is needed for its first letters."""
+    texts, kinds = token_task()
+    order = random.Random(0).sample(range(len(texts)), len(texts))
+    texts, kinds = [texts[i] for i in order], [kinds[i] for i in order]
+    ids = encode(texts)
+    labels = torch.tensor([marks + [-100] * (WIDTH - len(marks)) for marks in kinds])
+    batch = {"input_ids": ids, "attention_mask": (ids != 256).long(), "labels": labels}
+    held = len(texts) // 4
+    torch.manual_seed(0)
+    model = RevDEQForTokenClassification(RevDEQConfig(**TINY, num_labels=4, is_causal=False))
+    train(model, {name: value[held:] for name, value in batch.items()}, updates=120)
+    with torch.no_grad():
+        guess = model(ids[:held], attention_mask=batch["attention_mask"][:held]).logits.argmax(-1)
+    counted = labels[:held] != -100
+    most = torch.bincount(labels[:held][counted], minlength=4).max() / counted.sum()
+    right = (guess == labels[:held])[counted].float().mean()
+    assert right > most + 0.25
+    keywords = labels[:held] == 1
+    assert (guess[keywords] == 1).float().mean() > 0.5
+
+
+def test_question_answering_finds_the_argument():
+    """Where in a line is what stands between the first pair of brackets?"""
+    lines = [line for line in source_lines() if "(" in line]
+    spans = [(line.index("(") + 1, line.find(")", line.index("("))) for line in lines]
+    kept = [(line, span) for line, span in zip(lines, spans, strict=True) if span[0] < span[1]]
+    random.Random(0).shuffle(kept)
+    ids = encode([line for line, _ in kept])
+    batch = {"input_ids": ids, "attention_mask": (ids != 256).long()}
+    batch["start_positions"] = torch.tensor([span[0] for _, span in kept])
+    batch["end_positions"] = torch.tensor([span[1] - 1 for _, span in kept])
+    held = len(kept) // 4
+    torch.manual_seed(0)
+    model = RevDEQForQuestionAnswering(RevDEQConfig(**TINY, is_causal=False))
+    train(model, {name: value[held:] for name, value in batch.items()}, updates=150)
+    with torch.no_grad():
+        out = model(ids[:held], attention_mask=batch["attention_mask"][:held])
+    starts = (out.start_logits.argmax(-1) == batch["start_positions"][:held]).float().mean()
+    ends = (out.end_logits.argmax(-1) == batch["end_positions"][:held]).float().mean()
+    assert starts > 0.6  # chance: 0.05
+    assert ends > 0.6
