@@ -99,3 +99,16 @@ def test_convolutional_stage(gradient):
         z = ReversibleFixedPoint(exact, beta=0.8, max_steps=4, gradient="backprop")(x.detach().double()).z
         (torch.from_numpy(data["wt"]) * z).sum().backward()
         assert relative_error(block.norm1.bias.grad, exact.norm1.bias.grad) < 1e-6
+
+
+@pytest.mark.slow
+def test_the_papers_language_model_trains_a_step_exactly():
+    """94M parameters, 2 x 448 tokens, as the preset says; a step of training with gradients everywhere."""
+    torch.manual_seed(0)
+    model = RevDEQForCausalLM(RevDEQConfig.paper_wikitext103(drift_policy="raise")).train()
+    ids = torch.randint(0, 50257, (2, 448))
+    loss = model(ids, labels=ids).loss
+    assert loss.isfinite()
+    loss.backward()
+    assert model.model.solve.drift == 0
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
