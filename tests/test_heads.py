@@ -1,6 +1,7 @@
 """The heads: registered, saved and loaded, their arguments reach the body, and each learns a small real task from Python's own source text."""
 
 import io
+import itertools
 import keyword
 import random
 import tokenize
@@ -127,6 +128,33 @@ def test_a_model_that_sees_the_future_keeps_no_cache_and_does_not_generate():
     assert AutoConfig.for_model("revdeq").is_causal
 
 
+def test_bad_inputs_are_told():
+    sequence, token, question = (head(RevDEQConfig(**SMALL, num_labels=3)) for head, _, _ in HEADS)
+    for model in (sequence, token, question):
+        with pytest.raises(ValueError, match=r"\[0, 260\), got 1 to 260"):
+            model(torch.tensor([[1, 260]]))
+        with pytest.raises(ValueError, match="exactly one"):
+            model()
+        with pytest.raises(ValueError, match="max_steps"):
+            model(IDS, max_steps=0)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        sequence(IDS, labels=torch.tensor([0, 1, 3]))
+
+
+def test_regression_and_several_labels_at_once():
+    """The loss follows from the labels, as in transformers' own models."""
+    torch.manual_seed(0)
+    one = RevDEQForSequenceClassification(RevDEQConfig(**SMALL, num_labels=1))
+    wanted = torch.tensor([0.5, -1.0, 2.0])
+    out = one(IDS, labels=wanted)
+    torch.testing.assert_close(out.loss, ((out.logits[:, 0] - wanted) ** 2).mean())
+    several = RevDEQForSequenceClassification(RevDEQConfig(**SMALL, num_labels=3))
+    wanted = torch.tensor([[1.0, 0, 1], [0, 0, 0], [0, 1, 0]])
+    out = several(IDS, labels=wanted)
+    torch.testing.assert_close(out.loss, torch.nn.functional.binary_cross_entropy_with_logits(out.logits, wanted))
+    assert several.config.problem_type == "multi_label_classification"
+
+
 # Tasks made of the standard library's source text, read as bytes.
 WIDTH = 24
 SOURCES = ("argparse.py", "ast.py", "heapq.py", "inspect.py", "subprocess.py", "tarfile.py", "threading.py", "typing.py")
@@ -178,27 +206,26 @@ def test_sequence_classification_learns_comments_from_code():
 
 
 def token_task() -> tuple[list[str], list[list[int]]]:
-    """Lines, and for every character 1 where it belongs to a keyword, 2 to a number or string, 3 to another name, else 0."""
+    """Lines, and for every character of a name 0 where it is a keyword, 1 where it is called, 2 for other names; -100 for other characters."""
     texts, kinds = [], []
     for line in source_lines():
-        marks = [0] * len(line)
+        marks = [-100] * len(line)
         try:
-            for token in tokenize.generate_tokens(io.StringIO(line).readline):
-                kind = {tokenize.NUMBER: 2, tokenize.STRING: 2}.get(token.type, 0)
-                if token.type == tokenize.NAME:
-                    kind = 1 if keyword.iskeyword(token.string) else 3
-                if token.start[0] == 1:
-                    marks[token.start[1] : token.end[1]] = [kind] * (token.end[1] - token.start[1])
+            tokens = list(tokenize.generate_tokens(io.StringIO(line).readline))
         except (tokenize.TokenError, IndentationError, SyntaxError):
             continue
-        if line[0] != "#" and 1 in marks:
+        for token, following in itertools.pairwise(tokens):
+            if token.type == tokenize.NAME:
+                kind = 0 if keyword.iskeyword(token.string) else 1 if following.string == "(" else 2
+                marks[token.start[1] : token.end[1]] = [kind] * len(token.string)
+        if "(" in line:
             texts.append(line)
-            kinds.append(marks[: len(line)])  # the end of the line is a token, too
+            kinds.append(marks)
     return texts, kinds
 
 
-def test_token_classification_learns_kinds_of_python_tokens():
-    """A keyword is known by its end, so sight in both directions is needed for its first letters."""
+def test_token_classification_learns_which_names_are_called():
+    """Whether a bracket follows is not known before it: a model that sees what follows names all letters, one that does not has to guess."""
     texts, kinds = token_task()
     order = random.Random(0).sample(range(len(texts)), len(texts))
     texts, kinds = [texts[i] for i in order], [kinds[i] for i in order]
@@ -206,17 +233,19 @@ def test_token_classification_learns_kinds_of_python_tokens():
     labels = torch.tensor([marks + [-100] * (WIDTH - len(marks)) for marks in kinds])
     batch = {"input_ids": ids, "attention_mask": (ids != 256).long(), "labels": labels}
     held = len(texts) // 4
-    torch.manual_seed(0)
-    model = RevDEQForTokenClassification(RevDEQConfig(**TINY, num_labels=4, is_causal=False))
-    train(model, {name: value[held:] for name, value in batch.items()}, updates=120)
-    with torch.no_grad():
-        guess = model(ids[:held], attention_mask=batch["attention_mask"][:held]).logits.argmax(-1)
-    counted = labels[:held] != -100
-    most = torch.bincount(labels[:held][counted], minlength=4).max() / counted.sum()
-    right = (guess == labels[:held])[counted].float().mean()
-    assert right > most + 0.25
-    keywords = labels[:held] == 1
-    assert (guess[keywords] == 1).float().mean() > 0.5
+    truth = labels[:held]
+    counted = truth != -100
+    most = torch.bincount(truth[counted], minlength=3).max() / counted.sum()
+    right = {}
+    for is_causal in (False, True):
+        torch.manual_seed(0)
+        model = RevDEQForTokenClassification(RevDEQConfig(**TINY, num_labels=3, is_causal=is_causal))
+        train(model, {name: value[held:] for name, value in batch.items()}, updates=120)
+        with torch.no_grad():
+            guess = model(ids[:held], attention_mask=batch["attention_mask"][:held]).logits.argmax(-1)
+        right[is_causal] = (guess == truth)[counted].float().mean()
+    assert right[False] > most + 0.25
+    assert right[False] > right[True] + 0.05
 
 
 def test_question_answering_finds_the_argument():
