@@ -221,6 +221,10 @@ class RevDEQModel(RevDEQPreTrainedModel):
             Steps of the solve, instead of `config.max_steps`. A cache of `kv_cache="per_evaluation"` serves one number of steps only.
         output_trajectory (`bool`, *optional*, defaults to `False`):
             Whether to return `trajectory` and `step_residuals`; without a cache, at the price of a state per step.
+        output_hidden_states (`bool`, *optional*):
+            Whether to return `hidden_states`, the tape of the loop: the input of the first layer, then the output of every layer in the order in which
+            they ran (prelude, the block's layers once per evaluation, coda), the last one after the final norm; `config.num_hidden_layers` + 1 in all
+            where no `max_steps` is given. `attentions` are those of the same layers. With gradients, the solve keeps all its graphs then.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -228,6 +232,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
         embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         if embeds.dim() != 3 or embeds.shape[-1] != self.config.hidden_size:
             raise ValueError(f"inputs_embeds must be (batch, seq, {self.config.hidden_size}), got {tuple(embeds.shape)}")
+        _check_shapes(embeds.shape, attention_mask, position_ids, past_key_values)
         if not self.config.is_causal:
             use_cache = False
             if past_key_values is not None:
@@ -240,6 +245,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
                 raise ValueError(
                     "output_trajectory=True runs the layers after the fixed point once per step and needs past_key_values=None"
                 )
+        given = past_key_values
         past_key_values = self._usable_cache(past_key_values, use_cache, steps)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         new_positions = torch.arange(embeds.shape[1], device=embeds.device) + seen  # a static cache counts on the device
@@ -248,7 +254,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             config=self.config,
             inputs_embeds=embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=given,  # not a new one: with it, packed sequences would not be told apart, as they are in training
             position_ids=positions,
         )
         if self.config.block_type == "paper":
@@ -294,6 +300,8 @@ class RevDEQModel(RevDEQPreTrainedModel):
 
     def _embed(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         assert input_ids is not None
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(f"input_ids must be (batch, seq) of whole numbers, got {tuple(input_ids.shape)} of {input_ids.dtype}")
         if _may_look(input_ids):
             low, high = int(input_ids.min()), int(input_ids.max())
             if low < 0 or high >= self.config.vocab_size:
@@ -305,6 +313,8 @@ class RevDEQModel(RevDEQPreTrainedModel):
 
     def _embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         longest = self.config.max_position_embeddings
+        if _may_look(position_ids) and int(position_ids.min()) < 0:
+            raise ValueError(f"position_ids must not be negative for learned positions, got {int(position_ids.min())}")
         if _may_look(position_ids) and int(position_ids.max()) >= longest:
             raise ValueError(
                 f"this model has learned positions for {longest} tokens (max_position_embeddings), got position {int(position_ids.max())}; "
@@ -509,6 +519,19 @@ class RevDEQForQuestionAnswering(GenericForQuestionAnswering, RevDEQPreTrainedMo
         self.model = RevDEQModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+
+def _check_shapes(shape: torch.Size, attention_mask, position_ids: torch.Tensor | None, cache: Cache | None) -> None:
+    """Raises ValueError for an empty prompt, and for masks and positions that do not fit it; with a cache, masks count what it holds, too."""
+    batch, seq = shape[:2]
+    if batch == 0 or seq == 0:
+        raise ValueError(
+            f"an empty prompt has no next token, got inputs of (batch, seq) = ({batch}, {seq}); begin with a token such as bos_token_id"
+        )
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 and cache is None and attention_mask.shape != shape[:2]:
+        raise ValueError(f"attention_mask must be (batch, seq) = ({batch}, {seq}), got {tuple(attention_mask.shape)}")
+    if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != seq):
+        raise ValueError(f"position_ids must be (batch or 1, seq) = ({batch}, {seq}), got {tuple(position_ids.shape)}")
 
 
 def _may_look(ids: torch.Tensor) -> bool:
