@@ -459,7 +459,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
     def _loss_without_logits(
         self,
         hidden_states: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = -100,
         shift_labels: torch.Tensor | None = None,
@@ -467,6 +467,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
     ) -> torch.Tensor:
         """As transformers' `ForCausalLMLoss`, which takes the logits."""
         if shift_labels is None:
+            assert labels is not None
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         return self.lm_head(hidden_states, labels=shift_labels, num_items=num_items_in_batch, ignore_index=ignore_index)
 
