@@ -309,6 +309,8 @@ class Solve:
             if self.tol is not None or self.record or step == self.max_steps - 1:
                 self._measure(f, z_values)
                 if self.active is not None and not self.active.any():  # the one host synchronisation a step, with tol only
+                    if differentiable and step == 0:  # nothing was done: gradients are zero, but there are some
+                        z_values = tuple(_Relax.apply(part, None, value, 0.0, None) for part, value in zip(f, z_values, strict=True))
                     break
             advance(y, f, phase)
             self.phase = self.phase + 1 if self.active is None else self.phase + self.active
@@ -322,8 +324,13 @@ class Solve:
             if self.steps is not None and self.active is not None:
                 self.steps = self.steps + self.active
         self.evaluations = 2 * self.taken + (self.entered > self.taken)
+        return self.poisoned(z_values)
+
+    def poisoned(self, values: State) -> State:
+        """The values, of states or of their gradients, with NaN in the rows in which f was not finite: a gradient scaler must see it."""
         bad = self.nonfinite > 0
-        return tuple(value.masked_fill(per_row(bad, value), torch.nan) for value in z_values)
+        factors = (torch.where(per_row(bad, value), torch.nan, 1.0).to(value.dtype) for value in values)
+        return tuple(value * factor for value, factor in zip(values, factors, strict=True))
 
     def coefficients(self, active: torch.Tensor | None, like: torch.Tensor) -> tuple:
         """`(1 - beta, beta)` for a tensor of the state; where only some rows are active, tensors that broadcast to it, with (1, 0) in the others."""
@@ -338,7 +345,8 @@ class Solve:
     def _count(self, values: torch.Tensor, limit: float) -> None:
         if not values.numel():
             return
-        low, high = torch.aminmax(rows(values, self.row_dims), dim=-1)
+        values = rows(values, self.row_dims)
+        low, high = values.amin(-1), values.amax(-1)  # on the CPU much faster than aminmax
         finite = torch.isfinite(low) & torch.isfinite(high)
         outside = finite & ((low < -limit) | (high > limit))
         self.nonfinite += ~finite if self.active is None else ~finite & self.active
@@ -490,6 +498,7 @@ class _Reversible(torch.autograd.Function):
 
         shapes = zip(evaluator.shapes, gradients, strict=True)
         gz = tuple(torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) if g is None else g for shape, g in shapes)
+        gz = solve.poisoned(gz)
         gy = tuple(torch.zeros_like(g) for g in gz)
         phase = solve.phase
         segment = solve.resolution.segment

@@ -304,6 +304,43 @@ def test_law_10_non_finite_values_come_out(value, gradient):
         assert layer.drift == 0
 
 
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+def test_law_10_a_gradient_scaler_sees_what_overflowed(gradient):
+    """The weights get NaN or inf from the example that overflowed inside the block, though the loss's own gradient is finite."""
+
+    class Overflow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, z, x):
+            return torch.tanh(self.weight * (z + x) * 1e30 * 1e30 * 1e-30 * 1e-30) + (self.weight * x * 1e30).square() * 1e-30
+
+    layer = ReversibleFixedPoint(Overflow(), max_steps=2, gradient=gradient)
+    solution = layer(torch.tensor([[1.0], [0.0]]))
+    assert solution.z.isnan().tolist() == [[True], [False]]
+    solution.z.sum().backward()
+    assert not layer.block.weight.grad.isfinite().any()
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+def test_rows_that_all_stop_at_the_start_have_zero_gradients(gradient):
+    class Relu(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, z, x):
+            return torch.relu(0.1 * self.linear(z) + x)
+
+    layer = ReversibleFixedPoint(Relu(), max_steps=4, tol=1e-3, gradient=gradient)
+    x = torch.full((2, 3), -1.0, requires_grad=True)
+    solution = layer(x)
+    assert solution.steps.tolist() == [0, 0]
+    solution.z.sum().backward()
+    assert x.grad is None or x.grad.abs().sum() == 0
+
+
 def test_values_beyond_the_range_are_clamped_counted_and_told():
     block = Poisoned(1e5)
     x = torch.randn(3, 4)
