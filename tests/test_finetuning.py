@@ -8,7 +8,7 @@ import torch
 from conftest import relative_error
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForSequenceClassification
 from revdeq_hf.training import LiveBytes
@@ -77,6 +77,21 @@ def test_frozen_body_with_a_trained_head_runs_no_backward_solve():
     model(IDS, labels=IDS).loss.backward()
     assert model.lm_head.weight.grad.abs().sum() > 0
     assert model.model.solve.statistics.evaluations == 6
+
+
+@pytest.mark.parametrize("frozen", ["model.solve", "model.embed_tokens", "lm_head"])
+def test_what_is_not_frozen_gets_the_same_gradients_in_all_modes(frozen):
+    """A frozen block still lets the gradient through to what is before it."""
+    gradients = []
+    for mode in ("reversible", "checkpoint", "backprop"):
+        model = base_model(gradient=mode, num_prelude_layers=1)
+        model.get_submodule(frozen).requires_grad_(False)
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert all((grad is None) == name.startswith(frozen) for name, grad in gradients[-1].items())
+        assert all(grad is None or grad.abs().sum() > 0 for grad in gradients[-1].values())
+    for grads in gradients[:2]:
+        assert all(grad is None or torch.equal(grad, gradients[2][name]) for name, grad in grads.items())
 
 
 def test_merge_unload_save_and_load(tmp_path):
@@ -181,6 +196,38 @@ def test_trl_tunes_on_conversations(lora, tmp_path):
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": "upper sun"}], add_generation_prompt=True, return_tensors="pt")
         answer = model.eval().generate(prompt["input_ids"], max_new_tokens=8, do_sample=False)
         assert tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :]).isascii()
+
+
+QUIET = dict(report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no", bf16=False, learning_rate=1e-2, logging_steps=1)
+
+
+def test_trainer_trains_adapters_only(tmp_path):
+    model = base_model()
+    with torch.no_grad():  # an untrained head gives hardly any gradient to what is before it
+        model.lm_head.weight.mul_(10)
+    model, tokenizer = adapted(model), byte_tokenizer()
+    frozen = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in conversations()]
+    batch = tokenizer(texts, padding=True)
+    labels = [[token if token != 256 else -100 for token in row] for row in batch["input_ids"]]
+    rows = Dataset.from_dict({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels})
+    arguments = TrainingArguments(str(tmp_path), num_train_epochs=1, per_device_train_batch_size=4, **QUIET)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0] - 0.3
+    assert all(torch.equal(parameter, frozen[name]) for name, parameter in model.named_parameters() if name in frozen)
+
+
+def test_trl_takes_the_same_steps_in_all_gradient_modes(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs trl: pip install 'revdeq_hf[finetune]'")
+    weights = []
+    for mode in ("reversible", "backprop"):
+        model = base_model(gradient=mode)
+        arguments = trl.SFTConfig(str(tmp_path), max_steps=2, per_device_train_batch_size=8, max_length=64, **QUIET)
+        trl.SFTTrainer(model, arguments, train_dataset=conversations(), processing_class=byte_tokenizer()).train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
 @pytest.mark.slow  # importing the harness takes half a minute
