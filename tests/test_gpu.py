@@ -42,3 +42,24 @@ def test_memory_is_flat():
         model.zero_grad()
     assert peaks[2] <= 1.05 * peaks[1]
     assert model.model.solve.drift == 0
+
+
+@pytest.mark.parametrize("kv_cache", ["per_evaluation", "shared"])
+@pytest.mark.parametrize("cache", ["offloaded", "static"])
+def test_offloaded_and_compiled_static_caches_write_what_no_cache_writes(cache, kv_cache):
+    torch.manual_seed(0)
+    config = RevDEQConfig(
+        vocab_size=67,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        max_steps=14,
+        beta=0.9,
+        kv_cache=kv_cache,
+        initializer_range=0.1,
+    )
+    model = RevDEQForCausalLM(config).cuda().eval()
+    ids = torch.randint(1, 67, (2, 11), device="cuda")
+    settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    plain = model.generate(ids, use_cache=False, **settings)
+    assert torch.equal(model.generate(ids, cache_implementation=cache, **settings), plain)
