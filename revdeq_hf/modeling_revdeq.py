@@ -159,7 +159,8 @@ class RevDEQPreTrainedModel(PreTrainedModel):
 
 def _checkpoint_layer(checkpoint_function: Callable | None, forward: partial, *args: torch.Tensor):
     """A layer under activation checkpointing. Without gradients, or with a cache, which a recomputation would write again, it just runs."""
-    if checkpoint_function is None or not torch.is_grad_enabled() or forward.keywords.get("past_key_values") is not None:
+    cached = isinstance(forward.keywords.get("past_key_values"), Cache | EvaluationSlots | SharedSlots)
+    if checkpoint_function is None or not torch.is_grad_enabled() or cached:
         return forward(*args)
     return checkpoint_function(forward, *args)
 
@@ -357,10 +358,10 @@ class RevDEQModel(RevDEQPreTrainedModel):
 class RevDEQHead(nn.Linear):
     """The output layer: logits of hidden states, or with labels their loss without logits (a call, so that wrappers see it in either case)."""
 
-    def forward(self, hidden_states: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         if labels is None:
-            return super().forward(hidden_states)
-        return linear_cross_entropy(hidden_states, self.weight, labels, **kwargs)
+            return super().forward(input)
+        return linear_cross_entropy(input, self.weight, labels, **kwargs)
 
 
 @auto_docstring
