@@ -362,7 +362,8 @@ class ReversibleFixedPoint(nn.Module):
             ValueError, TypeError: arguments, or what the block returns, do not fit; nothing has been changed then.
             DriftError: in the backward pass, see `drift_policy`.
         """
-        return self._solve(torch.compiler.is_compiling(), x, context, z0, max_steps, gradient, output_trajectory, block_kwargs)
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        return self._solve(compiling, x, context, z0, max_steps, gradient, output_trajectory, block_kwargs)
 
     @torch.compiler.disable
     def _solve(self, compiling: bool, x, context, z0, max_steps, gradient, output_trajectory, block_kwargs) -> FixedPointSolution:
@@ -424,7 +425,8 @@ class ReversibleFixedPoint(nn.Module):
                 taken = torch.full(solve.rows, steps, dtype=torch.int64, device=evaluator.device)
             self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, solve.clamped, solve.nonfinite)
             states, residuals = solve.trajectory, solve.step_residuals
-            self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
+            if not torch.compiler.is_exporting():
+                self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
             z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recompute_before if follow else None, record)
             states, residuals = [unflatten(state, evaluator) for state in found.trajectory], found.step_residuals

@@ -232,7 +232,9 @@ class Scratch:
     to an accelerator makes the host wait."""
 
     def __init__(self) -> None:
-        self._tensors: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tensors: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # a pair for each shape; sizes of an exported program cannot be keys of a dict
         self._spacings: torch.Tensor | None = None
 
     def spacings(self, resolution: Resolution, like: torch.Tensor) -> torch.Tensor:
@@ -244,10 +246,12 @@ class Scratch:
 
     def tensors(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A float tensor, wide enough for `f`, and an int64 one, both of its shape."""
-        if f.shape not in self._tensors:
-            wide = torch.float64 if f.dtype == torch.float64 else torch.float32
-            self._tensors[f.shape] = torch.empty_like(f, dtype=wide), torch.empty_like(f, dtype=torch.int64)
-        return self._tensors[f.shape]
+        for pair in self._tensors:
+            if pair[0].shape == f.shape:
+                return pair
+        wide = torch.float64 if f.dtype == torch.float64 else torch.float32
+        self._tensors.append((torch.empty_like(f, dtype=wide), torch.empty_like(f, dtype=torch.int64)))
+        return self._tensors[-1]
 
 
 class ExactState:
