@@ -78,7 +78,7 @@ class RevDEQRotaryEmbedding(nn.Module):
     inv_freq: torch.Tensor
     original_inv_freq: torch.Tensor
 
-    def __init__(self, config: RevDEQConfig) -> None:
+    def __init__(self, config: RevDEQConfig, device: torch.device | None = None) -> None:
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
@@ -86,15 +86,17 @@ class RevDEQRotaryEmbedding(nn.Module):
         self.rope_type = config.rope_parameters["rope_type"]
         compute = self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
         self.attention_scaling: float
-        inv_freq, self.attention_scaling = compute(config)
+        inv_freq, self.attention_scaling = compute(config, device)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
     @staticmethod
-    def compute_default_rope_parameters(config: RevDEQConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(
+        config: RevDEQConfig, device: torch.device | None = None, *args, **kwargs
+    ) -> tuple[torch.Tensor, float]:
         """Inverse frequencies (head_dim / 2,) and the scale of the result, 1."""
         assert config.rope_parameters is not None
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
     @torch.no_grad()
