@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from common import interleaved, keep, median
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer, DynamicCache
+
+from revdeq_hf import RevDEQForCausalLM
 
 
 def cache_rows(model: Any, ids: torch.Tensor, steps: int) -> list[dict[str, Any]]:
@@ -108,7 +110,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    model = RevDEQForCausalLM.from_pretrained(options.model).eval()
     ids = tokenizer(Path(options.text).read_text(encoding="utf-8"), return_tensors="pt", add_special_tokens=False)["input_ids"][0]
     if len(ids) < options.batch * options.length:
         raise ValueError(f"--text must hold {options.batch * options.length} tokens (batch x length), got {len(ids)}")

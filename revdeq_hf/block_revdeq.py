@@ -5,7 +5,6 @@ They know nothing of solvers. Nothing in them changes between two calls, so a ca
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import nn
@@ -135,28 +134,26 @@ class RevDEQLayer(GradientCheckpointingLayer):
 
 
 class RevDEQTransformerBlock(nn.Module):
-    """`f(z, x)` of the language model: one or more transformer layers.
+    """`f(z, x)` of the language model: one or more transformer layers on `z + x`.
 
-    The paper's block takes `u = z + x`, and its first layer's identity path starts from `z`: `h = z + Attn(LN(u)), f = h + MLP(LN(h))`. The modern one
-    takes `u = norm(z) + norm(x)`, its identity path starts from `x`, and its output is normalised: `h = x + Attn(norm(u)), f = norm(h + MLP(norm(h)))`.
-    Without an identity path from the state the map can contract, so that more steps than in training do no harm, and a bounded output keeps the state
-    in range at any learning rate. Chosen among other forms by measurement, see docs/block_study.md.
+    The first layer's identity path starts from `z` in the paper's block, `h = z + Attn(LN(z + x)), f = h + MLP(LN(h))`, and from `x` in the
+    modern one, whose output is normalised too: `h = x + Attn(norm(z + x)), f = norm(h + MLP(norm(h)))`. Without an identity path from the state the
+    map can contract, so that more steps than in training do no harm, and a bounded output keeps the state in range at any learning rate.
     """
 
     def __init__(self, config: RevDEQConfig) -> None:
         super().__init__()
-        self.paper = config.block_type == "paper"
-        norm = nn.Identity if self.paper else partial(nn.RMSNorm, config.hidden_size, eps=config.norm_eps)
-        self.state_norm, self.input_norm, self.norm = norm(), norm(), norm()
+        self.skip_from_state = config.block_type == "paper"
         self.layers = nn.ModuleList([RevDEQLayer(config, index) for index in range(config.num_block_layers)])
+        self.norm = nn.Identity() if config.block_type == "paper" else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, z: torch.Tensor, x: torch.Tensor, past_key_values=None, **kwargs) -> torch.Tensor:
         """z and x (batch, seq, hidden_size); `past_key_values` are `EvaluationSlots` or None; the rest goes to the attention."""
         if past_key_values is not None:
             past_key_values.next_evaluation()
-        hidden_states = self.state_norm(z) + self.input_norm(x)
+        hidden_states = z + x
         for index, layer in enumerate(self.layers):
-            skip = hidden_states if index else z if self.paper else x
+            skip = hidden_states if index else z if self.skip_from_state else x
             hidden_states = layer(hidden_states, skip, past_key_values=past_key_values, **kwargs)
         return self.norm(hidden_states)
 

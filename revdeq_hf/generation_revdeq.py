@@ -2,6 +2,7 @@
 """What `generate` needs beyond transformers' own: caches for the steps of a call, and a model that drafts for itself."""
 
 import copy
+import functools
 
 from transformers.generation import GenerationMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
@@ -55,6 +56,7 @@ class RevDEQGenerationMixin(GenerationMixin):
             logits_processor=logits_processor,
         )
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers looks at its signature
     def prepare_inputs_for_generation(self, *args, **kwargs):
         if not self.config.is_causal:
             raise ValueError(

@@ -123,20 +123,13 @@ class RevDEQPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        paper = self.config.block_type == "paper"
-        if paper and isinstance(module, nn.Linear):
+        if self.config.block_type == "paper" and isinstance(module, nn.Linear):
             bound = 1 / math.sqrt(module.in_features)  # as the authors' layers start
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
-        elif paper and isinstance(module, nn.Embedding):
+        elif self.config.block_type == "paper" and isinstance(module, nn.Embedding):
             init.normal_(module.weight)
-        elif not paper and isinstance(module, RevDEQLayer):  # after its parts, whose own beginning this replaces
-            for part in module.modules():
-                if isinstance(part, nn.Linear):
-                    init.normal_(part.weight, std=part.in_features**-0.5)
-            init.zeros_(module.self_attn.o_proj.weight)
-            init.zeros_(module.mlp.down_proj.weight)
         else:
             super()._init_weights(module)
 

@@ -245,7 +245,7 @@ def test_token_classification_learns_which_names_are_called():
             guess = model(ids[:held], attention_mask=batch["attention_mask"][:held]).logits.argmax(-1)
         right[is_causal] = (guess == truth)[counted].float().mean()
     assert right[False] > most + 0.25
-    assert right[False] > right[True] + 0.02
+    assert right[False] > right[True] + 0.05
 
 
 def test_question_answering_finds_the_argument():
