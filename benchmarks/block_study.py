@@ -4,9 +4,9 @@ Every variant has the parameters of one ordinary transformer layer (the MLP's hi
 the same order, and is trained through `ReversibleFixedPoint` at N steps. Its validation loss is then taken at N/2, N, 2N and 4N steps. A row is kept
 per finished run; runs that have a row are skipped, so the command can be stopped and started again.
 
-    python benchmarks/block_study.py                               # all variants, then the finalists for longer (about two hours on one core)
-    python benchmarks/block_study.py --variants paper --updates 100
-    python benchmarks/block_study.py --list
+    python benchmarks/block_study.py                               # all variants, then the finalists for longer (about three hours on one core)
+    python benchmarks/block_study.py --variants paper --updates 100 --rate 2e-3
+    python benchmarks/block_study.py --table                       # the rows kept so far, as Markdown
 """
 
 import argparse
@@ -104,7 +104,7 @@ VARIANTS: dict[str, Variant] = {
     "x skip, output norm, zero outputs, sampled": Variant(sampled=(2, 8), **ZERO),
 }
 
-FINALISTS = ("explicit, fan-in", "x skip")
+FINALISTS = ("explicit", "x skip, output norm, zero outputs, norms", "x skip", "explicit, zero outputs")
 
 
 class HeadNorm(nn.Module):
@@ -376,6 +376,18 @@ def finished() -> set[tuple[str, int, float, int]]:
         return {(row["variant"], int(row["updates"]), float(row["rate"]), int(row["seed"])) for row in csv.DictReader(file)}
 
 
+def table() -> None:
+    """Prints the rows as Markdown, best first for each number of updates and rate."""
+    with (RESULTS / "block_study.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows.sort(key=lambda row: (-int(row["updates"]), -float(row["rate"]), float(row["loss"])))
+    print("| updates | rate | variant | N/2 | N | 2N | 4N | residual at N |\n|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        columns = ("loss_half", "loss", "loss_double", "loss_quadruple", "residual")
+        figures = (f"{float(row[column]):.3f}" if row[column] else "" for column in columns)
+        print(f"| {row['updates']} | {row['rate']} | {row['variant']} | {' | '.join(figures)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     data = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "wikitext-2"
@@ -385,10 +397,14 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help="only these, for --updates")
     parser.add_argument("--updates", type=int, default=300, help="updates of 2,048 tokens for every variant")
     parser.add_argument("--final_updates", type=int, default=1200, help="updates for the finalists")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the variants and stop")
+    parser.add_argument("--table", action="store_true", help="print the rows kept so far and stop")
     options = parser.parse_args()
+    if options.table:
+        table()
+        return
     if options.list:
         for name, variant in VARIANTS.items():
             print(f"{name}: {variant.settings() or 'the defaults'}")
