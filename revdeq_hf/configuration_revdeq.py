@@ -37,7 +37,7 @@ class RevDEQConfig(PreTrainedConfig):
             steps, see `steps_revdeq.py`; evaluation and generation take `max_steps`.
         kv_cache: "per_evaluation", one cache slot for every evaluation and layer, which equals the full forward pass; or "shared", one for every layer,
             which holds the keys and values of the last evaluation: `2 * max_steps` times smaller, any `max_steps` per call on one cache, the
-            same at the fixed point and an approximation before it (measured in docs/generation.md).
+            same at the fixed point and an approximation before it (see docs/language_model.md).
         attention_dropout, hidden_dropout: dropout probabilities inside the block; one mask per solve.
         initializer_range: standard deviation of linear weights and embeddings. (The paper's block: 1 for embeddings, uniform in
             `+-1/sqrt(inputs)` for linear layers, whatever this field says.)
