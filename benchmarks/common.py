@@ -12,6 +12,10 @@ from typing import Any
 import torch
 import transformers
 
+from revdeq_hf import RevDEQConfig
+from revdeq_hf.block_revdeq import RevDEQTransformerBlock
+from revdeq_hf.modeling_revdeq import RevDEQRotaryEmbedding
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -62,6 +66,14 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int, warm_u
             if turn >= warm_up:
                 times[name].append(time.perf_counter() - began)
     return times
+
+
+def transformer_block(batch: int, length: int, width: int, device: str) -> tuple[Any, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """The block that is timed, the language model's; x (batch, length, width), which requires grad; and its rotary positions."""
+    config = RevDEQConfig(hidden_size=width, intermediate_size=3 * width, num_attention_heads=4, attn_implementation="sdpa", vocab_size=8)
+    x = torch.randn(batch, length, width, device=device, requires_grad=True)
+    rotary = RevDEQRotaryEmbedding(config).to(device)(x, torch.arange(length, device=device)[None])
+    return RevDEQTransformerBlock(config).to(device), x, rotary
 
 
 def median(values: list[float]) -> float:

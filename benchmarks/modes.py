@@ -12,12 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import interleaved, keep, median
+from common import interleaved, keep, median, transformer_block
 from torch.utils.checkpoint import checkpoint
 
-from revdeq_hf import RevDEQConfig, ReversibleFixedPoint
-from revdeq_hf.block_revdeq import RevDEQTransformerBlock
-from revdeq_hf.modeling_revdeq import RevDEQRotaryEmbedding
+from revdeq_hf import ReversibleFixedPoint
 from revdeq_hf.training import LiveBytes
 
 
@@ -34,12 +32,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    config = RevDEQConfig(
-        hidden_size=options.width, intermediate_size=3 * options.width, num_attention_heads=4, attn_implementation="sdpa", vocab_size=8
-    )
-    block: Any = RevDEQTransformerBlock(config).to(device)
-    x = torch.randn(options.batch, options.length, options.width, device=device, requires_grad=True)
-    rotary = RevDEQRotaryEmbedding(config).to(device)(x, torch.arange(options.length, device=device)[None])
+    block, x, rotary = transformer_block(options.batch, options.length, options.width, device)
 
     def unrolled(steps: int) -> torch.Tensor:
         """Floating point, `torch.utils.checkpoint` around each evaluation: what one would write without this package."""

@@ -20,12 +20,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import interleaved, keep, median
+from common import interleaved, keep, median, transformer_block
 from torch import nn
 
-from revdeq_hf import RevDEQConfig, ReversibleFixedPoint
-from revdeq_hf.block_revdeq import RevDEQTransformerBlock
-from revdeq_hf.modeling_revdeq import RevDEQRotaryEmbedding
+from revdeq_hf import ReversibleFixedPoint
 
 
 class Cheap(nn.Module):
@@ -62,14 +60,9 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    config = RevDEQConfig(
-        hidden_size=options.width, intermediate_size=3 * options.width, num_attention_heads=4, attn_implementation="sdpa", vocab_size=8
-    )
-    block: Any = RevDEQTransformerBlock(config).to(device)
-    x = torch.randn(options.batch, options.length, options.width, device=device, requires_grad=True)
+    block, x, rotary = transformer_block(options.batch, options.length, options.width, device)
     cheap = Cheap().to(device)
     state, weight = torch.randn_like(x), torch.randn_like(x)
-    rotary = RevDEQRotaryEmbedding(config).to(device)(x, torch.arange(options.length, device=device)[None])
 
     def evaluations_alone(block: nn.Module, steps: int, **inputs: Any) -> None:
         leaves = [x, *block.parameters()]

@@ -259,7 +259,7 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, blo
         hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size,
         num_attention_heads=options.num_attention_heads,
-        num_key_value_heads=options.num_key_value_heads or options.num_attention_heads,
+        num_key_value_heads=options.num_key_value_heads,
         max_position_embeddings=block_size,
         tie_word_embeddings=options.tie_word_embeddings,
         bos_token_id=tokenizer.bos_token_id,

@@ -12,7 +12,7 @@ Slots are ordered: prelude layers, the fixed point's, coda layers; `config.num_h
 from collections.abc import Sequence
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 
 class EvaluationSlots:
@@ -82,7 +82,7 @@ class SharedSlots:
 
 def _take_back(layer, tokens: int) -> None:
     """Removes the last tokens of a cache layer."""
-    if hasattr(layer, "cumulative_length") and layer.is_compileable:  # static: what was written there will be overwritten
+    if type(layer) is StaticLayer:  # what was written there will be overwritten
         layer.cumulative_length.sub_(tokens)
     else:
         layer.crop(-tokens)
@@ -106,9 +106,9 @@ def check_slots(cache: Cache, slots: int, max_steps: int, kv_cache: str) -> None
             "with another number of steps, or for another model; use the same max_steps as before, or start with a new cache"
         )
     if kv_cache == "shared":
-        for layer in layers:
-            if not hasattr(layer, "crop") and not hasattr(layer, "cumulative_length"):
-                raise ValueError(
-                    f"kv_cache='shared' writes over the last tokens of a slot, which {type(layer).__name__} does not allow; use a dynamic or a static "
-                    "cache, or kv_cache='per_evaluation'"
-                )
+        kinds = {type(layer) for layer in layers} | ({cache.layer_class_to_replicate} if lazy else set())
+        for kind in kinds - {DynamicLayer, StaticLayer}:  # quantized layers inherit a crop that does not reach what is quantized
+            raise ValueError(
+                f"kv_cache='shared' writes over the last tokens of a slot, which {kind.__name__} does not allow; use a dynamic or a static "
+                "cache, or kv_cache='per_evaluation'"
+            )

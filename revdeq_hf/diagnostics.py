@@ -134,9 +134,8 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
     try:
         with torch.enable_grad():  # a model that keeps a cache does so without gradients only, and its evaluations could not be repeated
             module(*args, **kwargs)
-        for handle in handles:
+        for handle in handles:  # they shall not see the calls below
             handle.remove()
-        handles = []
         if not calls:
             raise ValueError(f"no ReversibleFixedPoint ran in the call of {type(module).__name__}: there is nothing to diagnose")
         found = {name: _diagnose_layer(layer, given, named, power_iterations) for name, (layer, given, named) in calls.items()}
@@ -146,11 +145,11 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
         set_generator_states(generators, device)
         set_buffers(buffers)
     for name, diagnosis in found.items():
-        if not diagnosis.beta < diagnosis.beta_limit or diagnosis.spectral_radius.max() >= 1:
-            radius = diagnosis.spectral_radius.max().item()
+        radius = diagnosis._radius()
+        if not diagnosis.beta < diagnosis.beta_limit or radius >= 1:
             remedy = (
                 "bound the block (weight decay, a norm at its end, no identity path from z)"
-                if radius >= 1
+                if not radius < 1
                 else f"take beta below {diagnosis.beta_limit:.3g}"
             )
             warnings.warn(
@@ -167,6 +166,8 @@ def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, powe
     settings = {name: named.pop(name) for name in ("z0", "max_steps", "gradient") if name in named}
     named.pop("output_trajectory", None)
     settings["max_steps"] = settings.get("max_steps") or layer.max_steps  # a number, so that none is drawn
+    device = tree_leaves(x)[0].device
+    generators, buffers = generator_states(device), [(buffer, buffer.clone()) for buffer in layer.buffers()]
     with torch.enable_grad():
         solution = layer(x, *context, **settings, output_trajectory=True, **named)
         is_tuple = isinstance(solution.z, tuple)
@@ -175,6 +176,8 @@ def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, powe
         if (settings.get("gradient") or layer.gradient) == "reversible" and any(part.requires_grad for part in z):
             torch.autograd.grad([part.float().sum() for part in z], tree_leaves(x), allow_unused=True)
             drift = layer.drift.item()
+    set_generator_states(generators, device)  # the map of the solve: its dropout mask, its buffers
+    set_buffers(buffers)
     evaluator = Evaluator(layer.block, (x, tuple(context), named), is_tuple, z)
     evaluation = evaluate_with_graph(evaluator, z, [tensor.detach() for tensor in evaluator.tensors])
     radius = _spectral_radius(evaluation.state, evaluation.f, power_iterations)

@@ -1,6 +1,7 @@
 # Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
 """`ReversibleFixedPoint`: the equilibrium of any block, as a module, with a proof of exactness after every backward pass."""
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -394,11 +395,10 @@ class ReversibleFixedPoint(nn.Module):
         wants_gradient = torch.is_grad_enabled() and (
             any(t.requires_grad for t in (*(start or ()), *evaluator.tensors)) or bool(trainable_parameters(self.block))
         )
-        try:
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(evaluator.rewind)
             z, states, residuals = self._run(evaluator, start, steps, mode, wants_gradient, output_trajectory)
-        except BaseException:
-            evaluator.rewind()
-            raise
+            on_failure.pop_all()  # it went well: nothing to put back
         solution = FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
         if output_trajectory:
             solution.trajectory = [state if is_tuple else state[0] for state in states]

@@ -232,9 +232,8 @@ class Scratch:
     to an accelerator makes the host wait."""
 
     def __init__(self) -> None:
-        self._tensors: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # a pair for each shape; sizes of an exported program cannot be keys of a dict
+        # a pair for each shape; sizes of an exported program cannot be keys of a dict
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._spacings: torch.Tensor | None = None
 
     def spacings(self, resolution: Resolution, like: torch.Tensor) -> torch.Tensor:

@@ -117,6 +117,20 @@ def test_tuple_states_context_and_other_modes():
     torch.testing.assert_close(found.spectral_radius[0], exact, rtol=0.05, atol=1e-3)
 
 
+def test_the_radius_is_that_of_the_solves_own_dropout_mask():
+    class Masked(nn.Module):
+        def forward(self, z, x):
+            return nn.functional.dropout(0.4 * z, 0.5) + x
+
+    layer, x = ReversibleFixedPoint(Masked(), max_steps=20), torch.ones(16, 1, dtype=torch.float64)
+    found = diagnose(layer, x)
+    assert set(found.spectral_radius.mul(10).round().int().tolist()) == {0, 8}, "kept elements count double, others not at all"
+    slow = found.residuals[-1] > 1e-9  # where the element was dropped the map is constant, and the state reaches it to the last digit
+    assert torch.equal(slow, found.spectral_radius > 0.4)
+    empty = diagnose(layer, torch.ones(0, 1, dtype=torch.float64))
+    assert empty.spectral_radius.shape == (0,)
+
+
 def test_bad_calls_are_told():
     with pytest.raises(ValueError, match="nothing to diagnose"):
         diagnose(nn.Linear(2, 2), torch.randn(1, 2))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_language_model import IDS, small
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 
@@ -132,6 +133,14 @@ def test_a_shared_cache_is_an_approximation_before_the_fixed_point_and_serves_an
         filled = own(IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="has 4 slots"):
         model(IDS[:, :1], past_key_values=filled)
+
+
+def test_a_shared_cache_refuses_layers_whose_last_tokens_it_cannot_take_back():
+    class Quantized(DynamicLayer):
+        """Stands for a layer that keeps what `crop` does not reach."""
+
+    with pytest.raises(ValueError, match="Quantized does not allow"), torch.no_grad():
+        contractive(kv_cache="shared")(IDS, past_key_values=Cache(layers=[Quantized()]))
 
 
 def test_with_tol_a_shared_cache_keeps_the_last_evaluation_whichever_it_was():
