@@ -46,6 +46,13 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def _linear(inputs: int, outputs: int, bias: bool = False, ends_branch: bool = False) -> nn.Linear:
+    """A matrix that starts with `1/sqrt(inputs)`, or at 0 where it ends a branch (`RevDEQPreTrainedModel._init_weights`; not in the paper's block)."""
+    linear = nn.Linear(inputs, outputs, bias=bias)
+    linear.initial_std = 0.0 if ends_branch else inputs**-0.5  # type: ignore[assignment]
+    return linear
+
+
 class RevDEQAttention(nn.Module):
     """Attention, causal or in both directions, with grouped keys and values, rotary positions where they are given, and an optional cache."""
 
@@ -61,10 +68,10 @@ class RevDEQAttention(nn.Module):
         self.is_causal = config.is_causal
         bias = config.block_type == "paper"
         width = key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = _linear(config.hidden_size, config.hidden_size, bias)
+        self.k_proj = _linear(config.hidden_size, width, bias)
+        self.v_proj = _linear(config.hidden_size, width, bias)
+        self.o_proj = _linear(config.hidden_size, config.hidden_size, ends_branch=True)
 
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         """hidden_states (batch, seq, hidden_size); returns the same shape and the attention weights or None."""
@@ -88,9 +95,9 @@ class RevDEQGatedMLP(nn.Module):
 
     def __init__(self, config: RevDEQConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = _linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = _linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = _linear(config.intermediate_size, config.hidden_size, ends_branch=True)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -134,26 +141,29 @@ class RevDEQLayer(GradientCheckpointingLayer):
 
 
 class RevDEQTransformerBlock(nn.Module):
-    """`f(z, x)` of the language model: one or more transformer layers on `z + x`.
+    """`f(z, x)` of the language model.
 
-    The first layer's identity path starts from `z` in the paper's block, `h = z + Attn(LN(z + x)), f = h + MLP(LN(h))`, and from `x` in the
-    modern one, whose output is normalised too: `h = x + Attn(norm(z + x)), f = norm(h + MLP(norm(h)))`. Without an identity path from the state the
-    map can contract, so that more steps than in training do no harm, and a bounded output keeps the state in range at any learning rate.
+    The modern block is one or more ordinary pre-norm layers between two norms: `u = norm(z) + x; h = u + Attn(norm(u)); f = norm(h + MLP(norm(h)))`. The
+    norms keep the state in range at any learning rate and let the map contract, so that more steps than in training do no harm. Chosen by measurement
+    among other injections, norms, identity paths and beginnings, see docs/block_study.md.
+
+    The paper's has an identity path from the bare state, `h = z + Attn(LN(z + x)); f = h + MLP(LN(h))`; of several layers, the later ones are ordinary.
     """
 
     def __init__(self, config: RevDEQConfig) -> None:
         super().__init__()
-        self.skip_from_state = config.block_type == "paper"
+        self.paper = config.block_type == "paper"
+        self.state_norm = nn.Identity() if self.paper else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.layers = nn.ModuleList([RevDEQLayer(config, index) for index in range(config.num_block_layers)])
-        self.norm = nn.Identity() if config.block_type == "paper" else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = nn.Identity() if self.paper else nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, z: torch.Tensor, x: torch.Tensor, past_key_values=None, **kwargs) -> torch.Tensor:
         """z and x (batch, seq, hidden_size); `past_key_values` are `EvaluationSlots` or None; the rest goes to the attention."""
         if past_key_values is not None:
             past_key_values.next_evaluation()
-        hidden_states = z + x
+        hidden_states = self.state_norm(z) + x
         for index, layer in enumerate(self.layers):
-            skip = hidden_states if index else z if self.skip_from_state else x
+            skip = z if self.paper and index == 0 else hidden_states
             hidden_states = layer(hidden_states, skip, past_key_values=past_key_values, **kwargs)
         return self.norm(hidden_states)
 

@@ -130,6 +130,8 @@ class RevDEQPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
         elif self.config.block_type == "paper" and isinstance(module, nn.Embedding):
             init.normal_(module.weight)
+        elif isinstance(module, nn.Linear) and hasattr(module, "initial_std"):
+            init.normal_(module.weight, std=module.initial_std)
         else:
             super()._init_weights(module)
 
@@ -185,7 +187,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             self.norm: nn.Module = nn.Identity()
         else:
             self.rotary_emb = RevDEQRotaryEmbedding(config)
-            self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.input_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)  # of the fixed point's x
             self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.prelude = nn.ModuleList(RevDEQLayer(config, index) for index in range(config.num_prelude_layers))
         self.solve = ReversibleFixedPoint(
@@ -264,11 +266,12 @@ class RevDEQModel(RevDEQPreTrainedModel):
             hidden_states = embeds + self._embed_positions(positions)
             rotary = None
         else:
-            hidden_states = self.input_norm(embeds)
+            hidden_states = embeds
             rotary = self.rotary_emb(embeds, positions)
         attention = dict(attention_mask=attention_mask, position_embeddings=rotary, position_ids=positions, **kwargs)
         for layer in self.prelude:
             hidden_states = layer(hidden_states, past_key_values=past_key_values, **attention)
+        hidden_states = self.input_norm(hidden_states)
         slots: EvaluationSlots | SharedSlots | None = None
         drawn = max_steps is None and past_key_values is None and self.solve.draws_steps
         if past_key_values is not None:

@@ -67,6 +67,16 @@ def make_block(kind: str, **kwargs):
     return TupleBlock(), (torch.randn(3, 8, requires_grad=True), torch.randn(3, 5, requires_grad=True))
 
 
+@torch.no_grad()
+def awake(model: nn.Module, std: float = 0.08) -> nn.Module:
+    """Gives the matrices of a new language model's modern block a size, and returns the model: they start at 0 at their ends, where the loop does nothing."""
+    if model.config.block_type == "modern":
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=std)
+    return model
+
+
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 

@@ -6,6 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from conftest import awake
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,7 +18,7 @@ def main() -> None:
     rank = dist.get_rank()
     torch.manual_seed(0)
     settings = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3, drift_policy="raise")
-    model = RevDEQForCausalLM(RevDEQConfig(**settings))
+    model = awake(RevDEQForCausalLM(RevDEQConfig(**settings)))
     ids = torch.randint(0, 64, (4, 16))
     mine = ids[2 * rank : 2 * rank + 2]
     alone = copy.deepcopy(model)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import awake
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForTokenClassification, modeling_revdeq
@@ -18,11 +19,7 @@ BLOCKS = [dict(num_key_value_heads=2), dict(block_type="paper")]
 
 def model_of(**kwargs) -> RevDEQForCausalLM:
     torch.manual_seed(0)
-    model = RevDEQForCausalLM(RevDEQConfig(**{**SMALL, **kwargs}))
-    with torch.no_grad():  # untrained, the model hardly depends on its input: make wrong positions or masks visible
-        for parameter in model.parameters():
-            if parameter.dim() == 2 and model.config.block_type != "paper":
-                parameter.mul_(4)
+    model = awake(RevDEQForCausalLM(RevDEQConfig(**{**SMALL, **kwargs})))
     return model.eval()
 
 

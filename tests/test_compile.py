@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import awake, relative_error
 from torch import nn
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint
@@ -61,9 +61,8 @@ def test_a_compiled_block_is_reversed_exactly(how, dropout, precision):
 
 def test_a_whole_compiled_model_compiles_the_block_by_itself():
     torch.manual_seed(0)
-    model = RevDEQForCausalLM(
-        RevDEQConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3, drift_policy="raise")
-    )
+    config = RevDEQConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3, drift_policy="raise")
+    model = awake(RevDEQForCausalLM(config))
     ids = torch.randint(0, 64, (2, 16))
     expected = model(ids, labels=ids).loss
     got = torch.compile(model)(ids, labels=ids).loss

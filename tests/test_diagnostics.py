@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_block
+from conftest import awake, make_block
 from torch import nn
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint, diagnose, logit_lens
@@ -84,7 +84,7 @@ def test_a_model_is_diagnosed_layer_by_layer_and_left_as_it_was(tmp_path):
     config = RevDEQConfig(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_attention_heads=2, hidden_dropout=0.2, tol=1e-3, max_steps=12
     )
-    model = RevDEQForCausalLM(config)
+    model = awake(RevDEQForCausalLM(config))
     ids = torch.randint(0, 50, (3, 7))
     state = torch.get_rng_state()
     found = diagnose(model, ids, labels=ids)
@@ -141,8 +141,8 @@ def test_bad_calls_are_told():
 @pytest.mark.parametrize("settings", [dict(), dict(num_prelude_layers=1, num_coda_layers=1), dict(tol=0.02)], ids=str)
 def test_the_logit_lens_shows_what_shorter_solves_say(settings, tmp_path):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_attention_heads=2, initializer_range=0.3)
-    model = RevDEQForCausalLM(RevDEQConfig(**sizes, max_steps=6, beta=0.8, **settings)).eval()
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    model = awake(RevDEQForCausalLM(RevDEQConfig(**sizes, max_steps=6, beta=0.8, **settings)), 0.3).eval()
     ids = torch.randint(0, 50, (2, 9))
     lens = logit_lens(model, ids, top_k=3)
     steps = len(lens.tokens)

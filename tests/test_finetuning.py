@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import awake, relative_error
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -21,7 +21,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 def base_model(**kwargs) -> RevDEQForCausalLM:
     torch.manual_seed(0)
-    return RevDEQForCausalLM(RevDEQConfig(**{**SMALL, **kwargs}))
+    return awake(RevDEQForCausalLM(RevDEQConfig(**{**SMALL, **kwargs})))
 
 
 def adapted(model, **kwargs):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import awake
 from test_layer import run
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
@@ -32,7 +33,7 @@ def test_modes_agree_and_drift_is_zero(kind, precision, dropout):
 
 def test_memory_is_flat():
     config = RevDEQConfig(vocab_size=512, hidden_size=256, intermediate_size=768, num_attention_heads=4)
-    model = RevDEQForCausalLM(config).cuda()
+    model = awake(RevDEQForCausalLM(config)).cuda()
     ids = torch.randint(0, 512, (8, 256), device="cuda")
     peaks = []
     for steps in (4, 4, 27):
@@ -58,7 +59,7 @@ def test_offloaded_and_compiled_static_caches_write_what_no_cache_writes(cache, 
         kv_cache=kv_cache,
         initializer_range=0.1,
     )
-    model = RevDEQForCausalLM(config).cuda().eval()
+    model = awake(RevDEQForCausalLM(config)).cuda().eval()
     ids = torch.randint(1, 67, (2, 11), device="cuda")
     settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
     plain = model.generate(ids, use_cache=False, **settings)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import awake
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, pipeline
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQModel
@@ -20,10 +21,7 @@ def small(**kwargs) -> RevDEQForCausalLM:
     if settings.get("block_type") != "paper":
         settings.setdefault("num_key_value_heads", 2)
     model = RevDEQForCausalLM(RevDEQConfig(**settings))
-    with torch.no_grad():  # untrained, the model hardly depends on its input: make wrong positions or masks visible
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4 if settings.get("block_type") != "paper" else 1)
+    awake(model)
     return model.eval()
 
 
@@ -207,6 +205,22 @@ def test_pipeline(tmp_path):
     generate = pipeline("text-generation", model=str(tmp_path))
     out = generate(["w3 w4", "w5 w6 w7"], max_new_tokens=5, do_sample=False, batch_size=2)
     assert all(text[0]["generated_text"].startswith("w") for text in out)
+
+
+def test_how_a_new_model_begins():
+    """Through `_init_weights`, which transformers does not call for a module of ours without parameters of its own."""
+    torch.manual_seed(0)
+    model = RevDEQForCausalLM(
+        RevDEQConfig(vocab_size=64, hidden_size=64, intermediate_size=256, num_attention_heads=4, num_prelude_layers=1)
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            expected = 0.0
+        elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            expected = 0.02
+        else:
+            expected = 64**-0.5 if parameter.dim() == 2 else 0.0  # norms: all 1
+        assert abs(parameter.std().item() - expected) <= 0.05 * expected, name
 
 
 def test_presets_and_counts():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import relative_error
+from conftest import awake, relative_error
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainingArguments
@@ -18,7 +18,7 @@ IDS = torch.randint(0, 67, (4, 11), generator=torch.Generator().manual_seed(3))
 
 def model_of(**kwargs) -> RevDEQForCausalLM:
     torch.manual_seed(0)
-    return RevDEQForCausalLM(RevDEQConfig(**{**SMALL, **kwargs})).train()
+    return awake(RevDEQForCausalLM(RevDEQConfig(**{**SMALL, **kwargs}))).train()
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 21, 100])
@@ -61,8 +61,8 @@ def test_gradients_are_those_of_the_loss():
 def test_half_precision(dtype, autocast):
     """As exact as the plain loss, beside float32; also with many small chunks, whose sums half precision would round."""
     torch.manual_seed(1)
-    hidden, weight = torch.randn(64, 16), torch.randn(29, 16)
-    labels = torch.randint(0, 29, (64,))
+    hidden, weight = torch.randn(2048, 16), torch.randn(29, 16)
+    labels = torch.randint(0, 29, (2048,))
     results = {}
     for name in ("exact", "plain", "chunks"):
         h, w = (t.clone().to(dtype if name != "exact" and not autocast else torch.float32).requires_grad_() for t in (hidden, weight))
@@ -213,8 +213,8 @@ def losses(run: Trainer) -> list[float]:
 def test_trainer_accumulates_to_the_same_updates(tmp_path):
     """One batch of 4 equals 4 of 1, though their numbers of labels differ: the loss honours the items of the whole batch."""
     whole, parts = model_of(), model_of()
-    expected = losses(trainer(whole, tmp_path, optim="sgd"))
-    got = losses(trainer(parts, tmp_path, optim="sgd", per_device_train_batch_size=1, gradient_accumulation_steps=4))
+    expected = losses(trainer(whole, tmp_path, optim="sgd", learning_rate=0.1))
+    got = losses(trainer(parts, tmp_path, optim="sgd", learning_rate=0.1, per_device_train_batch_size=1, gradient_accumulation_steps=4))
     assert got == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < expected[0]
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
