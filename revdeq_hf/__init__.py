@@ -15,7 +15,7 @@ from .modeling_revdeq import (
     RevDEQModel,
     RevDEQPreTrainedModel,
 )
-from .modeling_revdeq_vision import RevDEQForImageClassification, RevDEQVisionModel, RevDEQVisionPreTrainedModel
+from .modeling_revdeq_vision import RevDEQForImageClassification, RevDEQVisionBackbone, RevDEQVisionModel, RevDEQVisionPreTrainedModel
 
 __all__ = [
     "Diagnosis",
@@ -30,6 +30,7 @@ __all__ = [
     "RevDEQForTokenClassification",
     "RevDEQModel",
     "RevDEQPreTrainedModel",
+    "RevDEQVisionBackbone",
     "RevDEQVisionConfig",
     "RevDEQVisionModel",
     "RevDEQVisionPreTrainedModel",

@@ -4,6 +4,7 @@
 import math
 
 from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.type_validators import interval
 
@@ -11,6 +12,7 @@ from .layer_revdeq import check_solver_settings
 
 BLOCK_TYPES = ("modern", "paper")
 KV_CACHES = ("per_evaluation", "shared")
+STEMS = ("batch_norm", "group_norm")
 
 
 @strict
@@ -174,33 +176,41 @@ class RevDEQConfig(PreTrainedConfig):
 
 
 @strict
-class RevDEQVisionConfig(PreTrainedConfig):
-    r"""Configuration of the image model, `RevDEQVisionModel` and `RevDEQForImageClassification`.
+class RevDEQVisionConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""Configuration of the image model: `RevDEQVisionModel`, `RevDEQForImageClassification` and `RevDEQVisionBackbone`.
 
     Args:
         image_size: height and width of the images the processor makes; the model itself takes any size.
         num_channels: channels of the images.
-        hidden_sizes: channels of each stage; between two stages the resolution is halved.
+        hidden_sizes: channels of each stage; between two stages the resolution is halved (rounded up).
         expansion_ratios: hidden channels of a stage's block, as a multiple of its channels.
         max_steps: steps of each stage's solve, a number for all or one per stage.
         beta: relaxation of the iteration, in (0, 2), not 1.
         tol: relative residual at which an example stops; None: always `max_steps`.
         solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
         steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}: each training batch draws its number of
-            steps, see `steps_revdeq.py`; evaluation and generation take `max_steps`.
+            steps, see `steps_revdeq.py`; evaluation takes `max_steps`.
         group_width: channels of a group of GroupNorm; must divide all channel counts.
         pool_size: side of the grid that features are averaged to before the classifier.
+        stem: what stands before the first stage: "batch_norm", 3x3 convolution, BatchNorm, ReLU; or "group_norm", 3x3 convolution with a bias and
+            GroupNorm, so that a network of one stage holds no statistics of batches.
+        residual_stages: whether a stage gives `x + z*(x)`, its input and the fixed point, or the fixed point alone.
         norm_eps: added to variances.
-        initializer_range: standard deviation of the classifier's weights (convolutions start uniform in `+-1/sqrt(inputs)`).
+        initializer_range: standard deviation of the classifier's weights, whose biases start at 0; None: weights and biases uniform in
+            `+-1/sqrt(inputs)`, as the authors' start. (Convolutions start so whatever this field says.)
+        out_features, out_indices: for `RevDEQVisionBackbone`, the names out of `stage_names` or their indices, in order, of the maps that it returns; set
+            one of them. Default: the last stage.
 
     Example:
         >>> from revdeq_hf import RevDEQVisionConfig
         >>> RevDEQVisionConfig.paper_cifar10_multiscale().hidden_sizes
         [128, 256, 256, 128]
+        >>> RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[1, 1], out_indices=[1, 2]).out_features
+        ['stage1', 'stage2']
     """
 
     model_type = "revdeq_vision"
-    keys_to_ignore_at_inference = ["solver_steps", "solver_residual"]
+    keys_to_ignore_at_inference = ["solver_steps", "solver_residual", "trajectory", "step_residuals"]
 
     image_size: int = 32
     num_channels: int = 3
@@ -216,14 +226,31 @@ class RevDEQVisionConfig(PreTrainedConfig):
     steps_sampling: dict | None = None
     group_width: int = 16
     pool_size: int = 1
+    stem: str = "batch_norm"
+    residual_stages: bool = True
     norm_eps: float = 1e-5
-    initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
+    initializer_range: int | float | None = 0.02
 
     def __post_init__(self, **kwargs):
         self.hidden_sizes, self.expansion_ratios = list(self.hidden_sizes), list(self.expansion_ratios)
         if not isinstance(self.max_steps, int):
             self.max_steps = list(self.max_steps)
+        kwargs.pop("stage_names", None)  # they follow from hidden_sizes
+        layers = kwargs.pop("num_hidden_layers", self.num_hidden_layers)
+        if layers != self.num_hidden_layers:
+            raise ValueError(f"num_hidden_layers is the number of stages, {self.num_hidden_layers}, got {layers}; set hidden_sizes instead")
+        self.set_output_features_output_indices(out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None))
         super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the maps: "stem", then "stage1", "stage2" and so on."""
+        return ["stem", *(f"stage{index}" for index in range(1, len(self.hidden_sizes) + 1))]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Stages; with `output_hidden_states` the models return one map more, the stem's."""
+        return len(self.hidden_sizes)
 
     @property
     def steps_per_stage(self) -> list[int]:
@@ -232,8 +259,31 @@ class RevDEQVisionConfig(PreTrainedConfig):
 
     @classmethod
     def paper_cifar10_multiscale(cls, **kwargs) -> "RevDEQVisionConfig":
-        """The paper's multi-scale network for CIFAR-10: four stages, 10.3M parameters, 4 steps at beta 0.8."""
-        settings = dict(hidden_sizes=[128, 256, 256, 128], expansion_ratios=[1, 3, 3, 1], num_labels=10)
+        """The paper's multi-scale network for CIFAR-10: four stages, 10.3M parameters, 4 steps at beta 0.8.
+
+        Their `tol` of 1e-6 is left out: 4 steps do not reach it, and looking for it has its price.
+        """
+        settings = dict(hidden_sizes=[128, 256, 256, 128], expansion_ratios=[1, 3, 3, 1], initializer_range=None, num_labels=10)
+        return cls(**{**settings, **kwargs})
+
+    @classmethod
+    def paper_cifar10_singlescale(cls, **kwargs) -> "RevDEQVisionConfig":
+        """The authors' single-scale network for CIFAR-10: one stage and a 4x4 pool, GroupNorm everywhere, 2 steps at beta 0.8.
+
+        As in `experiments/vision/deq.py` of their repository (github.com/sammccallum/reversible-deq, class `SingleDEQ`), with that script's 32 channels
+        of expansion 1: 24,714 parameters. `hidden_sizes=[n], expansion_ratios=[m]` make it wider. Their `tol` of 1e-6 is left out, see
+        `paper_cifar10_multiscale`.
+        """
+        settings = dict(
+            hidden_sizes=[32],
+            expansion_ratios=[1],
+            max_steps=2,
+            pool_size=4,
+            stem="group_norm",
+            residual_stages=False,
+            initializer_range=None,
+            num_labels=10,
+        )
         return cls(**{**settings, **kwargs})
 
     def validate_architecture(self):
@@ -248,8 +298,11 @@ class RevDEQVisionConfig(PreTrainedConfig):
                 raise ValueError(f"group_width must divide the channels of every stage, got {self.group_width} and {size}")
         if len(self.steps_per_stage) != len(sizes):
             raise ValueError(f"max_steps must be a number or have one entry per stage, got {self.max_steps} for {len(sizes)} stages")
+        _check_member(self, "stem", STEMS)
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+        if self.initializer_range is not None and not 0 <= self.initializer_range <= 1:
+            raise ValueError(f"initializer_range must be None or lie in [0, 1], got {self.initializer_range}")
 
     def validate_solver(self):
         for steps in self.steps_per_stage:

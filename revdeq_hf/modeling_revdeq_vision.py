@@ -1,14 +1,15 @@
 # Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
-"""The image model: stages that each add the fixed point of a convolutional block, and a classifier."""
+"""The image model: stages that each add the fixed point of a convolutional block; a classifier, and a backbone that returns the stages' maps."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutputWithNoAttention
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutputWithNoAttention
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
@@ -16,8 +17,10 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .block_revdeq import RevDEQConvBlock
 from .configuration_revdeq import RevDEQVisionConfig
-from .layer_revdeq import ReversibleFixedPoint
+from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint
 from .steps_revdeq import check_steps
+
+IGNORED_LABEL = -100  # of cross-entropy: such an image counts for nothing
 
 
 @dataclass
@@ -25,20 +28,42 @@ class RevDEQVisionModelOutput(BaseModelOutputWithPoolingAndNoAttention):
     """`BaseModelOutputWithPoolingAndNoAttention` and the figures of the solves.
 
     Args:
-        solver_steps (`torch.LongTensor` of shape `(batch, stages)`): Steps each example took.
+        solver_steps (`torch.LongTensor` of shape `(batch, stages)`): Steps each image took.
         solver_residual (`torch.FloatTensor` of shape `(batch, stages)`): Relative residuals, see `FixedPointSolution`.
+        trajectory (`tuple(tuple(torch.FloatTensor))`): With `output_trajectory=True`, for each stage its states after each step, of the shape of its map.
+        step_residuals (`tuple(torch.FloatTensor)`): With `output_trajectory=True`, for each stage the relative residuals at the start of each step, of
+            shape `(steps begun, batch)`.
     """
 
     solver_steps: torch.Tensor | None = None
     solver_residual: torch.Tensor | None = None
+    trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    step_residuals: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class RevDEQImageClassifierOutput(ImageClassifierOutputWithNoAttention):
-    """`ImageClassifierOutputWithNoAttention` and the figures of the solves, where `output_solver_stats=True` asked for them.
+    """`ImageClassifierOutputWithNoAttention` and the figures of the solves, where they were asked for.
 
     Args:
-        solver_steps (`torch.LongTensor` of shape `(batch, stages)`): Steps each example took.
+        solver_steps (`torch.LongTensor` of shape `(batch, stages)`): With `output_solver_stats=True`, steps each image took.
+        solver_residual (`torch.FloatTensor` of shape `(batch, stages)`): With `output_solver_stats=True`, relative residuals, see `FixedPointSolution`.
+        trajectory (`tuple(tuple(torch.FloatTensor))`): With `output_trajectory=True`, as in `RevDEQVisionModelOutput`.
+        step_residuals (`tuple(torch.FloatTensor)`): With `output_trajectory=True`, as in `RevDEQVisionModelOutput`.
+    """
+
+    solver_steps: torch.Tensor | None = None
+    solver_residual: torch.Tensor | None = None
+    trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    step_residuals: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class RevDEQBackboneOutput(BackboneOutput):
+    """`BackboneOutput` and the figures of the solves.
+
+    Args:
+        solver_steps (`torch.LongTensor` of shape `(batch, stages)`): Steps each image took.
         solver_residual (`torch.FloatTensor` of shape `(batch, stages)`): Relative residuals, see `FixedPointSolution`.
     """
 
@@ -47,7 +72,10 @@ class RevDEQImageClassifierOutput(ImageClassifierOutputWithNoAttention):
 
 
 class RevDEQVisionDownsample(nn.Module):
-    """Pre-activation residual block of stride 2 between two stages: (batch, in, h, w) to (batch, out, ceil(h/2), ceil(w/2))."""
+    """Pre-activation residual block of stride 2 between two stages: (batch, in, h, w) to (batch, out, ceil(h/2), ceil(w/2)).
+
+    As the authors' `DownsampleLayerPreAct`: the shortcut starts from the bare input, not from its activation.
+    """
 
     def __init__(self, channels: int, out_channels: int, eps: float) -> None:
         super().__init__()
@@ -58,8 +86,8 @@ class RevDEQVisionDownsample(nn.Module):
         self.shortcut = nn.Conv2d(channels, out_channels, 1, stride=2, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        active = torch.relu(self.norm1(hidden_states))
-        return self.shortcut(active) + self.conv2(torch.relu(self.norm2(self.conv1(active))))
+        inner = self.conv1(torch.relu(self.norm1(hidden_states)))
+        return self.shortcut(hidden_states) + self.conv2(torch.relu(self.norm2(inner)))
 
 
 @auto_docstring
@@ -68,26 +96,38 @@ class RevDEQVisionPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["ReversibleFixedPoint"]
+    _no_split_modules = ["ReversibleFixedPoint", "RevDEQVisionDownsample"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d):
-            fan_in = module.in_channels * module.kernel_size[0] * module.kernel_size[1]
-            init.uniform_(module.weight, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        as_the_authors = isinstance(module, nn.Linear) and self.config.initializer_range is None
+        if isinstance(module, nn.Conv2d) or as_the_authors:
+            bound = 1 / math.sqrt(module.weight[0].numel())  # type: ignore[index]
+            init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         else:
             super()._init_weights(module)
 
 
-@auto_docstring
-class RevDEQVisionModel(RevDEQVisionPreTrainedModel):
+class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
+    """What the body and the backbone share: the stem, the stages, and what halves the resolution between them."""
+
     def __init__(self, config: RevDEQVisionConfig) -> None:
         super().__init__(config)
         config.validate()
         sizes = config.hidden_sizes
-        self.stem = nn.Sequential(
-            nn.Conv2d(config.num_channels, sizes[0], 3, padding=1, bias=False), nn.BatchNorm2d(sizes[0], eps=config.norm_eps), nn.ReLU()
-        )
+        if config.stem == "batch_norm":
+            self.stem = nn.Sequential(
+                nn.Conv2d(config.num_channels, sizes[0], 3, padding=1, bias=False),
+                nn.BatchNorm2d(sizes[0], eps=config.norm_eps),
+                nn.ReLU(),
+            )
+        else:
+            self.stem = nn.Sequential(
+                nn.Conv2d(config.num_channels, sizes[0], 3, padding=1),
+                nn.GroupNorm(sizes[0] // config.group_width, sizes[0], eps=config.norm_eps),
+            )
         self.stages = nn.ModuleList(
             ReversibleFixedPoint(
                 RevDEQConvBlock(size, ratio, config.group_width, config.norm_eps),
@@ -103,6 +143,92 @@ class RevDEQVisionModel(RevDEQVisionPreTrainedModel):
             for size, ratio, steps in zip(sizes, config.expansion_ratios, config.steps_per_stage, strict=True)
         )
         self.downsamples = nn.ModuleList(RevDEQVisionDownsample(a, b, config.norm_eps) for a, b in zip(sizes, sizes[1:], strict=False))
+
+    def compute_maps(
+        self, pixel_values: torch.Tensor | None, max_steps: "int | list[int] | None" = None, output_trajectory: bool = False
+    ) -> tuple[list[torch.Tensor], list[FixedPointSolution]]:
+        """The maps of the stem and of each stage, and the stages' solutions.
+
+        Args:
+            pixel_values: (batch, channels, height, width), floating.
+            max_steps, output_trajectory: as in `RevDEQVisionModel.forward`.
+
+        Returns:
+            `1 + stages` maps: the stem's (batch, hidden_sizes[0], height, width), then the stages', stage i (from 0) of
+            (batch, hidden_sizes[i], ceil(height / 2**i), ceil(width / 2**i)), and a `FixedPointSolution` per stage.
+
+        Raises:
+            ValueError: the images or `max_steps` do not fit.
+        """
+        self._check_images(pixel_values)
+        assert pixel_values is not None
+        steps = self._steps_of(max_steps)
+        dtype = self.dtype
+        # x sets the dtype of the state: autocast's half precision is for the block's insides only
+        hidden_states = self.stem(pixel_values.to(dtype)).to(dtype)
+        maps, solutions = [hidden_states], []
+        for index, stage in enumerate(self.stages):
+            if index:
+                hidden_states = self.downsamples[index - 1](hidden_states).to(dtype)
+            drawn = max_steps is None and stage.draws_steps
+            solution = stage(hidden_states, max_steps=None if drawn else steps[index], output_trajectory=output_trajectory)
+            # a device map may part x and z
+            hidden_states = hidden_states.to(solution.z.device) + solution.z if self.config.residual_stages else solution.z
+            maps.append(hidden_states)
+            solutions.append(solution)
+        return maps, solutions
+
+    def _steps_of(self, max_steps: "int | list[int] | None") -> list[int]:
+        count = len(self.stages)
+        given = self.config.steps_per_stage if max_steps is None else max_steps
+        steps = list(given) if isinstance(given, (list, tuple)) else [given] * count
+        if len(steps) != count:
+            raise ValueError(f"max_steps must be a number or one per stage ({count}), got {max_steps}")
+        return [check_steps(number) for number in steps]
+
+    def _check_images(self, pixel_values: torch.Tensor | None) -> None:
+        """Raises ValueError unless the images fit the network."""
+        channels = self.config.num_channels
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(
+                f"pixel_values must be a tensor of shape (batch, {channels} channels, height, width), got "
+                f"{'None' if pixel_values is None else type(pixel_values).__name__}; an image processor makes it: processor(images, return_tensors='pt')"
+            )
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values must be (batch, {channels} channels, height, width), got {tuple(pixel_values.shape)}; see config.num_channels, and "
+                "image.convert('RGB') or 'L' for images of another number of channels"
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floating, rescaled and normalised, got {pixel_values.dtype}; an image processor makes them from whole numbers"
+            )
+        batch, _, height, width = pixel_values.shape
+        if batch == 0 or height == 0 or width == 0:
+            raise ValueError(f"there must be an image of at least 1 x 1 pixels, got pixel_values of shape {tuple(pixel_values.shape)}")
+        if not self.training:
+            return
+        halved = 2 ** len(self.downsamples)
+        values = batch * -(-height // halved) * -(-width // halved)
+        if values == 1 and any(isinstance(module, nn.BatchNorm2d) and module.training for module in self.modules()):
+            raise ValueError(
+                f"one image of {height} x {width} pixels, halved {len(self.downsamples)} times, leaves BatchNorm a single value per channel, of which it "
+                "cannot take statistics; train on more images at a time, on larger ones, or with fewer stages (config.hidden_sizes)"
+            )
+
+
+def _figures(solutions: list[FixedPointSolution], device: torch.device) -> dict[str, torch.Tensor]:
+    """`solver_steps` and `solver_residual`, (batch, stages), on one device."""
+    return {
+        "solver_steps": torch.stack([solution.steps.to(device) for solution in solutions], dim=1),
+        "solver_residual": torch.stack([solution.residual.to(device) for solution in solutions], dim=1),  # type: ignore[union-attr]
+    }
+
+
+@auto_docstring
+class RevDEQVisionModel(RevDEQVisionNetwork):
+    def __init__(self, config: RevDEQVisionConfig) -> None:
+        super().__init__(config)
         self.pooler = nn.AdaptiveAvgPool2d(config.pool_size)
         self.post_init()
 
@@ -113,48 +239,37 @@ class RevDEQVisionModel(RevDEQVisionPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         max_steps: "int | list[int] | None" = None,
         output_hidden_states: bool | None = None,
+        output_trajectory: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQVisionModelOutput:
         r"""
         max_steps (`int` or `list[int]`, *optional*):
             Steps of the solves, for all stages or one per stage, instead of `config.max_steps`.
+        output_hidden_states (`bool`, *optional*):
+            Whether to return `hidden_states`, the maps of the stem and of each stage: `len(config.hidden_sizes)` + 1 in all, the first and the second of
+            the images' height and width, each further one of half of that, rounded up. The last one is `last_hidden_state`.
+        output_trajectory (`bool`, *optional*, defaults to `False`):
+            Whether to return `trajectory` and `step_residuals`, at the price of a state for every step of every stage. A stage's state after step n is
+            what it would add to its input (`config.residual_stages`) had its solve ended there; images that met `config.tol` keep theirs.
         """
-        config = self.config
-        if pixel_values is None or pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
-            got = None if pixel_values is None else tuple(pixel_values.shape)
-            raise ValueError(
-                f"pixel_values must be (batch, {config.num_channels} channels, height, width), got {got}; see config.num_channels"
-            )
-        steps = config.steps_per_stage if max_steps is None else max_steps
-        steps = [steps] * len(self.stages) if isinstance(steps, int) else list(steps)
-        if len(steps) != len(self.stages):
-            raise ValueError(f"max_steps must be a number or one per stage ({len(self.stages)}), got {steps}")
+        maps, solutions = self.compute_maps(pixel_values, max_steps, output_trajectory)
         if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        dtype = self.dtype
-        hidden_states = self.stem(pixel_values.to(dtype))
-        maps, taken, residuals = [], [], []
-        for index, stage in enumerate(self.stages):
-            if index:
-                hidden_states = self.downsamples[index - 1](hidden_states)
-            # x sets the dtype of the state: autocast's half precision is for the block's insides only
-            hidden_states = hidden_states.to(dtype)
-            drawn = max_steps is None and stage.draws_steps
-            solution = stage(hidden_states, max_steps=None if drawn else check_steps(steps[index]))
-            hidden_states = hidden_states + solution.z
-            maps.append(hidden_states)
-            taken.append(solution.steps)
-            residuals.append(solution.residual)
+            output_hidden_states = self.config.output_hidden_states
         return RevDEQVisionModelOutput(
-            last_hidden_state=hidden_states,
-            pooler_output=self.pooler(hidden_states),
+            last_hidden_state=maps[-1],
+            pooler_output=self.pooler(maps[-1]),
             hidden_states=tuple(maps) if output_hidden_states else None,
-            solver_steps=torch.stack(taken, dim=1),
-            solver_residual=torch.stack(residuals, dim=1),
+            **_figures(solutions, maps[-1].device),
+            trajectory=tuple(tuple(solution.trajectory) for solution in solutions) if output_trajectory else None,  # type: ignore[arg-type]
+            step_residuals=tuple(solution.step_residuals for solution in solutions) if output_trajectory else None,  # type: ignore[misc]
         )
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    The image model with a linear layer on its pooled features: classes, several labels at once, or a regression.
+    """
+)
 class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
     def __init__(self, config: RevDEQVisionConfig) -> None:
         super().__init__(config)
@@ -172,18 +287,46 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
         max_steps: "int | list[int] | None" = None,
         output_hidden_states: bool | None = None,
         output_solver_stats: bool = False,
+        output_trajectory: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQImageClassifierOutput:
         r"""
+        labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
+            Classes, from 0 to `config.num_labels` - 1, or -100 for an image that counts for nothing. Floating labels of shape `(batch, num_labels)` stand
+            for several labels at once (binary cross-entropy), floating ones of shape `(batch,)` where `num_labels` is 1 for a regression (mean squared
+            error). `config.problem_type`, if None, is set by the first labels seen, as in transformers' own models.
         max_steps (`int` or `list[int]`, *optional*):
             Steps of the solves, for all stages or one per stage, instead of `config.max_steps`.
+        output_hidden_states (`bool`, *optional*):
+            Whether to return `hidden_states`, the maps of the stem and of each stage, see `RevDEQVisionModel.forward`.
         output_solver_stats (`bool`, *optional*, defaults to `False`):
             Whether to return `solver_steps` and `solver_residual`, each of shape (batch, stages).
-        """
-        outputs = self.model(pixel_values, max_steps=max_steps, output_hidden_states=output_hidden_states, return_dict=True)
+        output_trajectory (`bool`, *optional*, defaults to `False`):
+            Whether to return `trajectory` and `step_residuals`, at the price of a state for every step of every stage, see `RevDEQVisionModel.forward`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
+
+        >>> config = RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[1, 1], num_labels=5)
+        >>> model = RevDEQForImageClassification(config).eval()
+        >>> model(torch.randn(2, 3, 32, 32)).logits.shape
+        torch.Size([2, 5])
+
+        ```"""
+        outputs: RevDEQVisionModelOutput = self.model(
+            pixel_values,
+            max_steps=max_steps,
+            output_hidden_states=output_hidden_states,
+            output_trajectory=output_trajectory,
+            return_dict=True,
+        )
         logits = self.classifier(outputs.pooler_output.flatten(1))
         loss = None
         if labels is not None:
+            self._check_labels(labels, len(logits))
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return RevDEQImageClassifierOutput(
             loss=loss,
@@ -191,14 +334,105 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
             hidden_states=outputs.hidden_states,
             solver_steps=outputs.solver_steps if output_solver_stats else None,
             solver_residual=outputs.solver_residual if output_solver_stats else None,
+            trajectory=outputs.trajectory,
+            step_residuals=outputs.step_residuals,
         )
+
+    def _check_labels(self, labels: torch.Tensor, batch: int) -> None:
+        """Raises ValueError unless the labels fit `config.problem_type` (None: what the loss will take it for)."""
+        count = self.config.num_labels
+        if not isinstance(labels, torch.Tensor):
+            raise ValueError(f"labels must be a tensor, got {type(labels).__name__}")
+        got = f"got {tuple(labels.shape)} of {labels.dtype}"
+        kind = self.config.problem_type
+        if kind is None:
+            whole = "single_label_classification" if not labels.is_floating_point() else "multi_label_classification"
+            kind = "regression" if count == 1 else whole
+        if kind == "single_label_classification":
+            if labels.dtype != torch.int64 or labels.shape not in ((batch,), (batch, 1)):
+                raise ValueError(
+                    f"labels of classes must be ({batch},) of torch.int64, {got}; several labels at once are floating, ({batch}, {count}), with "
+                    "config.problem_type='multi_label_classification'; a number to predict needs num_labels=1 and problem_type='regression'"
+                )
+            if _may_look(labels):
+                wrong = labels[((labels < 0) | (labels >= count)) & (labels != IGNORED_LABEL)]
+                if wrong.numel():
+                    raise ValueError(
+                        f"labels must lie in [0, num_labels) = [0, {count}), or be {IGNORED_LABEL} to be ignored, got {sorted(set(wrong.tolist()))[:5]}; "
+                        "make the model with num_labels (or id2label) of the data"
+                    )
+            return
+        shapes = ((batch,), (batch, 1)) if kind == "regression" and count == 1 else ((batch, count),)
+        if not labels.is_floating_point() or labels.shape not in shapes:
+            raise ValueError(
+                f"labels of problem_type={kind!r} with num_labels={count} must be floating, {' or '.join(map(str, shapes))}, {got}"
+            )
+
+
+@auto_docstring(
+    custom_intro="""
+    The image model as a backbone for detectors and segmenters: the maps of the stages that `config.out_features` names.
+    """
+)
+class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
+    has_attentions = False
+
+    def __init__(self, config: RevDEQVisionConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.hidden_sizes[0], *config.hidden_sizes]
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        max_steps: "int | list[int] | None" = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RevDEQBackboneOutput:
+        r"""
+        max_steps (`int` or `list[int]`, *optional*):
+            Steps of the solves, for all stages or one per stage, instead of `config.max_steps`.
+        output_hidden_states (`bool`, *optional*):
+            Whether to return `hidden_states`, the maps of the stem and of each stage, whatever `config.out_features` names.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from transformers import AutoBackbone
+        >>> from revdeq_hf import RevDEQVisionConfig
+
+        >>> config = RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[1, 1], out_features=["stage1", "stage2"])
+        >>> backbone = AutoBackbone.from_config(config).eval()
+        >>> [tuple(feature_map.shape) for feature_map in backbone(torch.randn(1, 3, 32, 32)).feature_maps]
+        [(1, 16, 32, 32), (1, 32, 16, 16)]
+
+        ```"""
+        maps, solutions = self.compute_maps(pixel_values, max_steps)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return RevDEQBackboneOutput(
+            feature_maps=tuple(features for name, features in zip(self.stage_names, maps, strict=True) if name in self.out_features),
+            hidden_states=tuple(maps) if output_hidden_states else None,
+            **_figures(solutions, maps[-1].device),
+        )
+
+
+def _may_look(labels: torch.Tensor) -> bool:
+    """As in modeling_revdeq.py, which a published image model does without."""
+    return labels.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 # see modeling_revdeq.py
 AutoConfig.register("revdeq_vision", RevDEQVisionConfig, exist_ok=True)
-AutoModel.register(RevDEQVisionConfig, RevDEQVisionModel, exist_ok=True)
-AutoModelForImageClassification.register(RevDEQVisionConfig, RevDEQForImageClassification, exist_ok=True)
-modeling_auto.MODEL_MAPPING_NAMES.setdefault("revdeq_vision", "RevDEQVisionModel")
-modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.setdefault("revdeq_vision", "RevDEQForImageClassification")
+for auto_class, names, model_class in (
+    (AutoModel, modeling_auto.MODEL_MAPPING_NAMES, RevDEQVisionModel),
+    (AutoModelForImageClassification, modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, RevDEQForImageClassification),
+    (AutoBackbone, modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES, RevDEQVisionBackbone),
+):
+    auto_class.register(RevDEQVisionConfig, model_class, exist_ok=True)
+    names.setdefault("revdeq_vision", model_class.__name__)
 
-__all__ = ["RevDEQForImageClassification", "RevDEQVisionModel", "RevDEQVisionPreTrainedModel"]
+__all__ = ["RevDEQForImageClassification", "RevDEQVisionBackbone", "RevDEQVisionModel", "RevDEQVisionPreTrainedModel"]

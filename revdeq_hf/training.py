@@ -247,7 +247,6 @@ def plot_training(history: list[dict[str, Any]], curves: dict[str, list[float]],
         if points:
             loss.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
     loss.set(xlabel="update", ylabel="loss", title="Loss")
-    loss.legend()
     for key, label in (("residual", "mean"), ("residual_max", "greatest")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
@@ -255,14 +254,15 @@ def plot_training(history: list[dict[str, Any]], curves: dict[str, list[float]],
     drifts = [entry["drift"] for entry in history if "drift" in entry]
     worst = f", greatest drift {max(drifts):g}" if drifts else ""
     residual.set(xlabel="update", ylabel="relative residual", yscale="log", title=f"Residual in training{worst}")
-    residual.legend()
     for name, values in curves.items():
         convergence.plot(range(1, len(values) + 1), values, marker=".", label=name)
-    convergence.axvline(trained_steps, color="grey", linestyle=":", label="steps in training")
+    if curves:
+        convergence.axvline(trained_steps, color="grey", linestyle=":", label="steps in training")
     convergence.set(xlabel="step of the solve", ylabel="relative residual", yscale="log", title="Convergence after training")
-    convergence.legend(fontsize="small")
     for axes in (loss, residual, convergence):
         axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:  # a short run, or a model without fixed points, leaves a panel empty
+            axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
+from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig, RevDEQVisionModel
 
 SMALL = dict(hidden_sizes=[16, 32], expansion_ratios=[2, 1], max_steps=3, num_labels=5, image_size=8, group_width=8)
+SINGLE = dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4, stem="group_norm", residual_stages=False, initializer_range=None)
+VARIANTS = [dict(), dict(max_steps=[2, 14]), dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4), SINGLE]
 
 
 def small(**kwargs) -> RevDEQForImageClassification:
@@ -16,7 +19,7 @@ def small(**kwargs) -> RevDEQForImageClassification:
     return RevDEQForImageClassification(RevDEQVisionConfig(**{**SMALL, **kwargs}))
 
 
-@pytest.mark.parametrize("variant", [dict(), dict(max_steps=[2, 14]), dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_modes_agree_on_the_whole_model(variant, autocast):
     images, labels = torch.randn(3, 3, 9, 7), torch.tensor([0, 1, 4])
@@ -66,7 +69,7 @@ def test_pipeline_on_a_png_file(tmp_path):
 def test_outputs():
     model = small().eval()
     out = model(torch.randn(2, 3, 10, 13), output_hidden_states=True, output_solver_stats=True)
-    assert [tuple(state.shape) for state in out.hidden_states] == [(2, 16, 10, 13), (2, 32, 5, 7)]
+    assert [tuple(state.shape) for state in out.hidden_states] == [(2, 16, 10, 13), (2, 16, 10, 13), (2, 32, 5, 7)]
     assert out.solver_steps.tolist() == [[3, 3], [3, 3]]
     assert out.solver_residual.shape == (2, 2)
     assert model(torch.randn(1, 3, 1, 1)).logits.shape == (1, 5)
@@ -74,28 +77,142 @@ def test_outputs():
     assert model(torch.randn(1, 3, 8, 8), return_dict=False)[0].shape == (1, 5)
 
 
-def test_a_batch_equals_its_images_one_by_one():
-    model = small(tol=1e-3, max_steps=60).eval()
-    images = torch.randn(4, 3, 8, 8) * torch.tensor([3, 5, 10, 20])[:, None, None, None]
+@pytest.mark.parametrize(("dtype", "tol", "rounding"), [(torch.float32, 1e-3, 1e-5), (torch.bfloat16, 0.05, 0.05)], ids=str)
+def test_a_batch_equals_its_images_one_by_one(dtype, tol, rounding):
+    model = small(tol=tol, max_steps=60).eval().to(dtype)
+    images = (torch.randn(4, 3, 8, 8) * torch.tensor([3, 5, 10, 20])[:, None, None, None]).to(dtype)
     together = model(images, output_solver_stats=True)
+    assert (together.solver_steps < 60).all()
+    assert len(together.solver_steps[:, 0].unique()) > 1  # the images do not stop together, or nothing is shown
     for row in range(4):
         alone = model(images[row : row + 1], output_solver_stats=True)
-        torch.testing.assert_close(alone.logits[0], together.logits[row], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone.logits[0], together.logits[row], rtol=rounding, atol=rounding)
         assert torch.equal(alone.solver_steps[0], together.solver_steps[row])
 
 
-def test_half_precision_model():
-    model = small().to(torch.bfloat16)
-    loss = model(torch.randn(2, 3, 8, 8), labels=torch.tensor([0, 1])).loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_model(dtype):
+    model = small()
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model.eval()(images).logits
+        got = model.to(dtype)(images).logits
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+    loss = model.train()(images, labels=torch.tensor([0, 1])).loss
     loss.backward()
     assert loss.isfinite()
     assert all(stage.drift == 0 for stage in model.model.stages)
+
+
+def solved(block: torch.nn.Module, x: torch.Tensor, steps: int, beta: float) -> torch.Tensor:
+    """The fixed point as the paper's equations say it, in floating point."""
+    y = z = torch.zeros_like(x)
+    for _ in range(steps):
+        y = (1 - beta) * y + beta * block(z, x)
+        z = (1 - beta) * z + beta * block(y, x)
+    return z
+
+
+@torch.no_grad()
+def moved(model: torch.nn.Module) -> torch.nn.Module:
+    """Norms and their statistics away from 1 and 0, so that none can be missed."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.GroupNorm):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.uniform_(-0.5, 0.5)
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 1.5)
+    return model.double().eval()
+
+
+@torch.no_grad()
+def test_the_multi_scale_network_is_the_papers():
+    """conv-BN-ReLU, then x + z*(x) and pre-activation halving whose shortcut is a 1x1 convolution of the bare input, mean, linear."""
+    model = moved(RevDEQForImageClassification(RevDEQVisionConfig.paper_cifar10_multiscale(hidden_sizes=[16, 32], expansion_ratios=[1, 3])))
+    images = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    body = model.model
+    conv, norm, _ = body.stem
+    h = functional.conv2d(images, conv.weight, padding=1).sub(norm.running_mean[:, None, None])
+    h = h / (norm.running_var + 1e-5).sqrt()[:, None, None] * norm.weight[:, None, None] + norm.bias[:, None, None]
+    h = h.clamp_min(0)
+    h = h + solved(body.stages[0].block, h, 4, 0.8)
+    down = body.downsamples[0]
+    inner = functional.conv2d(down.norm1(h).relu(), down.conv1.weight, stride=2, padding=1)
+    inner = functional.conv2d(down.norm2(inner).relu(), down.conv2.weight, padding=1)
+    h = inner + functional.conv2d(h, down.shortcut.weight, stride=2)
+    h = h + solved(body.stages[1].block, h, 4, 0.8)
+    logits = h.mean((2, 3)) @ model.classifier.weight.T + model.classifier.bias
+    torch.testing.assert_close(model(images).logits, logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_single_scale_network_is_the_papers():
+    """A convolution with bias and GroupNorm, the fixed point alone, 4x4 means, linear; no statistics of batches anywhere."""
+    model = moved(RevDEQForImageClassification(RevDEQVisionConfig.paper_cifar10_singlescale()))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    conv, norm = model.model.stem
+    h = functional.group_norm(functional.conv2d(images, conv.weight, conv.bias, padding=1), 2, norm.weight, norm.bias)
+    z = solved(model.model.stages[0].block, h, 2, 0.8)
+    pooled = z.unflatten(3, (4, 4)).unflatten(2, (4, 4)).mean((3, 5))
+    logits = pooled.flatten(1) @ model.classifier.weight.T + model.classifier.bias
+    torch.testing.assert_close(model(images).logits, logits, rtol=0, atol=1e-5)
+
+
+def test_initial_values():
+    """Convolutions, and the presets' classifier, as the authors' layers start: uniform in +-1/sqrt(inputs)."""
+    for config in (
+        RevDEQVisionConfig.paper_cifar10_singlescale(),
+        RevDEQVisionConfig.paper_cifar10_multiscale(hidden_sizes=[64], expansion_ratios=[2]),
+    ):
+        model = RevDEQForImageClassification(config)
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+        assert len(layers) == 4
+        for layer in layers:
+            bound = layer.weight[0].numel() ** -0.5
+            for values in (layer.weight, layer.bias):
+                if values is not None:
+                    assert 0.85 * bound < values.abs().max() <= bound
+            assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    head = small(hidden_sizes=[256], expansion_ratios=[1], num_labels=20, initializer_range=0.1).classifier
+    assert head.weight.std().item() == pytest.approx(0.1, rel=0.1)
+    assert not head.bias.any()
+
+
+def test_trajectory():
+    model = small(max_steps=[3, 4], tol=None).eval()
+    images = torch.randn(2, 3, 8, 8)
+    out = model(images, output_trajectory=True, output_hidden_states=True, output_solver_stats=True)
+    assert [len(states) for states in out.trajectory] == [3, 4]
+    assert [tuple(residuals.shape) for residuals in out.step_residuals] == [(3, 2), (4, 2)]
+    first, second = out.trajectory
+    assert torch.equal(out.hidden_states[0] + first[-1], out.hidden_states[1])
+    fewer = model(images, max_steps=[3, 2], output_hidden_states=True)
+    torch.testing.assert_close(fewer.hidden_states[2], out.hidden_states[2] - second[-1] + second[1], rtol=0, atol=1e-6)
+    assert torch.equal(out.step_residuals[1][-1], out.solver_residual[:, 1])
+    assert (out.step_residuals[1][1:] < out.step_residuals[1][:-1]).all()  # it converges
+    plain = model(images)
+    assert plain.trajectory is None
+    assert plain.step_residuals is None
+    assert torch.equal(plain.logits, out.logits)
+    assert len(model.model(images, output_trajectory=True).trajectory) == 2
+    early = small(tol=0.1, max_steps=60).eval()(images, output_trajectory=True, output_solver_stats=True)
+    assert len(early.trajectory[0]) < 60
+    assert len(early.step_residuals[0]) >= early.solver_steps[:, 0].max()
+    for mode, differentiable in (("backprop", True), ("reversible", False)):
+        states = small(gradient=mode)(images, output_trajectory=True).trajectory
+        assert states[0][0].requires_grad is differentiable
 
 
 def test_counts_of_the_papers_network():
     assert RevDEQForImageClassification(RevDEQVisionConfig.paper_cifar10_multiscale()).num_parameters() == 10_319_754
     narrow = RevDEQVisionConfig.paper_cifar10_multiscale(expansion_ratios=[1, 1, 1, 1])
     assert round(RevDEQForImageClassification(narrow).num_parameters() / 1e6, 1) == 5.6
+    single = RevDEQForImageClassification(RevDEQVisionConfig.paper_cifar10_singlescale())
+    stem, block, classifier = (3 * 9 + 1) * 32 + 2 * 32, 2 * 9 * 32**2 + 3 * 2 * 32, (16 * 32 + 1) * 10
+    assert single.num_parameters() == stem + block + classifier == 24_714
 
 
 @pytest.mark.parametrize(
@@ -109,6 +226,10 @@ def test_counts_of_the_papers_network():
         (dict(hidden_sizes=[]), "non-empty"),
         (dict(gradient="exact"), "gradient must be one of"),
         (dict(num_channels=0), "num_channels"),
+        (dict(stem="layer_norm"), "stem must be one of 'batch_norm', 'group_norm', got 'layer_norm'"),
+        (dict(initializer_range=-0.1), "initializer_range"),
+        (dict(num_hidden_layers=3), "number of stages, 2, got 3; set hidden_sizes"),
+        (dict(out_features=["stage3"]), "out_features must be a subset"),
     ],
     ids=str,
 )
@@ -117,11 +238,110 @@ def test_unusable_configs_are_refused(settings, message):
         RevDEQVisionConfig(**{**SMALL, **settings})
 
 
-def test_bad_inputs_are_told():
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (None, "must be a tensor .* got None"),
+        (np.zeros((2, 3, 8, 8)), "must be a tensor .* got ndarray; an image processor"),
+        (IMAGES[:, :1], r"3 channels, height, width\), got \(2, 1, 8, 8\); see config.num_channels"),
+        (IMAGES[0], r"got \(3, 8, 8\)"),
+        (IMAGES.to(torch.uint8), "must be floating, rescaled and normalised, got torch.uint8"),
+        (IMAGES[:0], r"at least 1 x 1 pixels, got pixel_values of shape \(0, 3, 8, 8\)"),
+        (IMAGES[:, :, :0], r"at least 1 x 1 pixels, got pixel_values of shape \(2, 3, 0, 8\)"),
+        (IMAGES[:1, :, :2, :1], "one image of 2 x 1 pixels, halved 1 times, leaves BatchNorm a single value"),
+    ],
+    ids=["none", "array", "grey", "one image", "bytes", "no images", "no rows", "too small to train on"],
+)
+def test_bad_images_are_told(images, message):
+    with pytest.raises(ValueError, match=message):
+        small()(images)
+
+
+def test_small_images():
+    """What BatchNorm cannot train on can be classified, and trained on in company or without BatchNorm."""
+    tiny = IMAGES[:1, :, :2, :1]
+    assert small().eval()(tiny).logits.shape == (1, 5)
+    small()(IMAGES[:, :, :2, :1], labels=torch.tensor([0, 1])).loss.backward()
+    model = small(hidden_sizes=[16], expansion_ratios=[1], stem="group_norm", pool_size=4)
+    model(IMAGES[:1, :, :1, :1], labels=torch.tensor([0])).loss.backward()
+    frozen = small()
+    for module in frozen.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    assert frozen(tiny).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([1], r"one per stage \(2\), got \[1\]"),
+        ([1, 2, 3], r"one per stage \(2\)"),
+        (0, "whole number from 1 to 100000, got 0"),
+        ([4, 0], "whole number from 1 to 100000, got 0"),
+        (2.0, r"whole number from 1 to 100000, got 2\.0"),
+        (True, "whole number from 1 to 100000, got True"),
+        ("4", "whole number from 1 to 100000, got '4'"),
+    ],
+    ids=str,
+)
+def test_bad_steps_are_told(steps, message):
     model = small()
-    with pytest.raises(ValueError, match="3 channels"):
-        model(torch.randn(2, 1, 8, 8))
-    with pytest.raises(ValueError, match="got None"):
-        model()
-    with pytest.raises(ValueError, match=r"one per stage \(2\)"):
-        model(torch.randn(2, 3, 8, 8), max_steps=[1])
+    with pytest.raises(ValueError, match=message):
+        model(IMAGES, max_steps=steps)
+    assert model.model.stem[1].num_batches_tracked == 0  # told before anything was done
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "message"),
+    [
+        (None, torch.tensor([0, 5]), r"\[0, num_labels\) = \[0, 5\), or be -100 to be ignored, got \[5\]"),
+        (None, torch.tensor([0, -1]), r"got \[-1\]"),
+        (None, torch.tensor([0, 1, 2]), r"must be \(2,\) of torch.int64, got \(3,\) of torch.int64"),
+        (None, torch.tensor([[0, 1], [2, 3]]), r"got \(2, 2\) of torch.int64"),
+        (None, torch.tensor([0, 1], dtype=torch.int32), "got .* of torch.int32"),
+        (None, torch.zeros(2, 5, dtype=torch.long), "several labels at once are floating"),
+        (None, torch.rand(2), r"problem_type='multi_label_classification' with num_labels=5 must be floating, \(2, 5\), got \(2,\)"),
+        (None, [0, 1], "labels must be a tensor, got list"),
+        ("single_label_classification", torch.rand(2, 5), "of torch.int64, got"),
+        ("multi_label_classification", torch.zeros(2, 5, dtype=torch.long), r"must be floating, \(2, 5\), got \(2, 5\) of torch.int64"),
+        ("regression", torch.zeros(2), r"problem_type='regression' with num_labels=5 must be floating, \(2, 5\), got \(2,\)"),
+    ],
+)
+def test_bad_labels_are_told(problem, labels, message):
+    with pytest.raises(ValueError, match=message):
+        small(problem_type=problem)(IMAGES, labels=labels)
+
+
+def test_bad_labels_of_a_regression_are_told():
+    with pytest.raises(ValueError, match=r"must be floating, \(2,\) or \(2, 1\), got \(2,\) of torch.int64"):
+        small(num_labels=1)(IMAGES, labels=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_problem_types(given):
+    """The losses are the usual ones, whether the type is given or found by the labels, and all parameters learn from them."""
+    classes, several, number = torch.tensor([1, 4]), torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 1, 0, 0]]), torch.tensor([0.5, -2.0])
+    for problem, count, labels, expected in (
+        ("single_label_classification", 5, classes, lambda logits: functional.cross_entropy(logits, classes)),
+        ("multi_label_classification", 5, several, lambda logits: functional.binary_cross_entropy_with_logits(logits, several)),
+        ("regression", 1, number, lambda logits: (logits[:, 0] - number).square().mean()),
+    ):
+        model = small(num_labels=count, problem_type=problem if given else None)
+        out = model(IMAGES, labels=labels, num_items_in_batch=torch.tensor(2))  # as Trainer passes it: a batch of 2
+        torch.testing.assert_close(out.loss, expected(out.logits))
+        assert model.config.problem_type == problem
+        out.loss.backward()
+        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_labels_that_count_for_nothing():
+    model = small().eval()
+    one = model(IMAGES[:1], labels=torch.tensor([2])).loss
+    torch.testing.assert_close(model(IMAGES, labels=torch.tensor([2, -100])).loss, one)
+    halved = model(
+        IMAGES, labels=torch.tensor([[2], [-100]]), num_items_in_batch=2
+    ).loss  # of an accumulated batch of two images with labels
+    torch.testing.assert_close(halved, one / 2)
