@@ -81,6 +81,14 @@ def set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
         buffer.copy_(value)
 
 
+def memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """channels_last where the tensor is laid out so (and not contiguous as well): the states of a solve keep to it."""
+    for dims, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dims and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form):
+            return form
+    return torch.contiguous_format
+
+
 class Evaluator:
     """Calls the block so that the same state gives the same bits, at any later time.
 
@@ -102,6 +110,7 @@ class Evaluator:
         self.template = _take_tensors(arguments, self.tensors)
         self.is_tuple = is_tuple
         self.shapes = [s.shape for s in state]
+        self.formats = [memory_format(s) for s in state]
         self.dtype = state[0].dtype
         self.device = state[0].device
         self.random = False
@@ -249,9 +258,10 @@ class Solve:
     def start(self, z0: State | None, scratch: Scratch) -> list[ExactState]:
         """The start state as integers; zero where `z0` is None."""
         if z0 is None:
-            shapes, device = self.evaluator.shapes, self.evaluator.device
-            zeros = [torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes]
-            return [ExactState(tensor, self.resolution, scratch=scratch) for tensor in zeros]
+            parts = zip(self.evaluator.shapes, self.evaluator.formats, strict=True)
+            settings: dict[str, Any] = dict(dtype=torch.int64, device=self.evaluator.device)
+            empty = [torch.empty(shape, memory_format=form, **settings) for shape, form in parts]
+            return [ExactState(tensor.zero_(), self.resolution, scratch=scratch) for tensor in empty]
         return [ExactState.from_float(tensor.detach(), self.resolution, scratch) for tensor in z0]
 
     def values(self, states: list[ExactState], phase: "int | torch.Tensor") -> State:
