@@ -5,36 +5,57 @@ Without any argument the images are scikit-learn's handwritten digits, so nothin
 
     python examples/train_image.py
 
-Any data set of the Hub, or a local folder of images, takes their place (`--help` lists every flag, those of TrainingArguments among them):
+Any data set of the Hub, local folders of images or parquet files take their place (`--help` lists every flag, those of TrainingArguments among
+them):
 
-    python examples/train_image.py --dataset_name uoft-cs/cifar10 --preset paper_cifar10_multiscale --num_train_epochs 200 --max_steps -1
+    python examples/train_image.py --dataset_name uoft-cs/cifar10 --preset paper_cifar10_multiscale --num_train_epochs 200 --max_steps -1 \\
+        --crop_padding 4 --cutmix 1 --label_smoothing_factor 0.1 --ema_decay 0.999 --bf16 true --channels_last true
+    python examples/train_image.py --dataset_name uoft-cs/cifar100 --label_column fine_label
     python examples/train_image.py --train_dir photos/train --validation_dir photos/test --image_size 64
 
-The output folder holds the model, the image processor, `results.json` and `training.png`. An interrupted run goes on with
-`--resume_from_checkpoint true`.
+An explicit network, trained on the same batches for the same time (its stem shrinks images fourfold, so small ones are enlarged first):
+
+    python examples/train_image.py --dataset_name uoft-cs/cifar10 --max_minutes 30 --max_steps 1000000 --hidden_sizes 64 128 --expansion_ratios 1 1
+    python examples/train_image.py --dataset_name uoft-cs/cifar10 --max_minutes 30 --max_steps 1000000 --model_type resnet --hidden_sizes 64 128 \\
+        --image_size 64 --crop_padding 8
+
+The output folder holds the model, the image processor, `results.json` and figures: `training.png`, `evaluation.png` (confusion matrix, calibration,
+misclassified images) and `fixed_point.png` (the state after each step). An interrupted run goes on with `--resume_from_checkpoint true`.
 """
 
+import itertools
 import json
+import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import datasets
 import evaluate
 import numpy as np
 import torch
+from image_augmentation import Augmentation, soft_cross_entropy
+from image_data import KEPT_BYTES, DataArguments, ImageCollator, Pixels, converted, decode, is_grey, load_images, readable_images, spread
+from image_report import plot_evaluation, plot_fixed_point, probabilities, scores
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     HfArgumentParser,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTImageProcessorPil,
     set_seed,
 )
+from transformers.trainer_callback import ExportableState
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.training import (
@@ -47,7 +68,9 @@ from revdeq_hf.training import (
     residual_curve,
 )
 
-PRESETS = ("small", "paper_cifar10_multiscale")
+PRESETS = ("small", "paper_cifar10_multiscale", "paper_cifar10_singlescale")
+MODEL_TYPES = ("revdeq", "resnet")
+AVERAGED_WEIGHTS = "averaged.safetensors"
 
 
 @dataclass
@@ -55,187 +78,335 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A saved model to go on from; its head is replaced if the labels differ."}
     )
-    preset: str = field(default="small", metadata={"help": f"Network of a new model: {' or '.join(PRESETS)}."})
+    model_type: str = field(default="revdeq", metadata={"help": "revdeq, or resnet: transformers' explicit network, to compare with."})
+    preset: str = field(default="small", metadata={"help": f"Network of a new model: {', '.join(PRESETS)}."})
     hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Channels of each stage, instead of the preset's."})
     expansion_ratios: list[int] | None = field(default=None, metadata={"help": "Expansion of each stage's block, instead of the preset's."})
     beta: float = field(default=0.8, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1."})
-    solver_steps: int = field(default=4, metadata={"help": "Steps of each solve, two evaluations of the block each (config.max_steps)."})
+    solver_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps of each solve, two evaluations of the block each (config.max_steps); default: the preset's, 4 or 2."},
+    )
     tol: float | None = field(default=None, metadata={"help": "Relative residual at which an example stops; always all steps by default."})
     gradient: str = field(default="reversible", metadata={"help": "Gradient mode: reversible, checkpoint or backprop."})
     keep_evaluations: int = field(default=1, metadata={"help": "Evaluations whose graphs are kept for the backward pass."})
-
-
-@dataclass
-class DataArguments:
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub or a local folder, as `datasets` loads it."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with one subfolder of images per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for evaluation; default: a tenth of the training images."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images; default: the only image column."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; default: the only class label column."})
-    image_size: int | None = field(
-        default=None, metadata={"help": "Height and width that images are resized to; default: of the first image."}
+    depths: list[int] | None = field(default=None, metadata={"help": "resnet: layers of each stage; default: 2 each."})
+    layer_type: str = field(default="basic", metadata={"help": "resnet: basic or bottleneck layers."})
+    embedding_size: int | None = field(default=None, metadata={"help": "resnet: channels of the stem; default: those of the first stage."})
+    downsample_in_first_stage: bool = field(
+        default=False, metadata={"help": "resnet: halve the resolution in the first stage too; the stem has divided it by 4 already."}
     )
-    flip: bool | None = field(default=None, metadata={"help": "Flip training images left to right; default: not for the digits."})
-    crop_padding: int = field(default=1, metadata={"help": "Pixels a training image may be shifted by."})
-    max_train_images: int | None = field(default=None, metadata={"help": "Use so many images for training."})
-    max_eval_images: int | None = field(default=None, metadata={"help": "Use so many images for evaluation."})
 
 
 @dataclass
 class ImageTrainingArguments(TrainingArguments):
-    output_dir: str = field(default="runs/image", metadata={"help": "Folder for the model, checkpoints, results and figure."})
+    output_dir: str = field(default="runs/image", metadata={"help": "Folder for the model, checkpoints, results and figures."})
     max_steps: int = field(default=600, metadata={"help": "Updates to train for; -1: num_train_epochs decide."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per device in evaluation."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Updates of linear warm-up, or their share of all if below 1."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Updates of warm-up, or their share of all if below 1."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     logging_steps: float = field(default=25, metadata={"help": "Updates between logs."})
     eval_strategy: str = field(default="no", metadata={"help": "no, steps or epoch."})
     save_steps: float = field(default=200, metadata={"help": "Updates between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     dataloader_pin_memory: bool = field(default=torch.accelerator.is_available(), metadata={"help": "Pin host memory for faster copies."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the image column, so columns stay."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the pixel column, so columns stay."})
+    one_cycle: bool = field(
+        default=False,
+        metadata={"help": "One-cycle schedule (torch's OneCycleLR) with its peak at the end of the warm-up, instead of lr_scheduler_type."},
+    )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop training after so many minutes, evaluations and checkpoints on the way included. The learning rate follows the share "
+            "of the minutes or of the updates that is past, whichever is greater, so it has come to its end in either case."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate and save an exponential moving average of the weights and BatchNorm statistics with this decay, e.g. 0.999; the "
+            "first updates n have the smaller decay (1 + n) / (10 + n). Checkpoints hold both."
+        },
+    )
+    channels_last: bool = field(default=False, metadata={"help": "Keep images and weights in the channels_last memory format."})
+    test_flip: bool = field(default=False, metadata={"help": "Evaluate with logits averaged over each image and its mirror image."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"--max_minutes must be positive, got {self.max_minutes}")
 
 
-def digits_rows(test: bool) -> Iterator[dict[str, Any]]:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; every fifth one is for the test."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for number, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        if (number % 5 == 4) == test:
-            yield {"image": Image.fromarray((image * (255 / 16)).round().astype(np.uint8)), "label": int(label)}
+# --- model ---
 
 
-def load_images(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset, str, str]:
-    """Training rows, evaluation rows, and the names of their image and label columns.
+def build_processor(options: ModelArguments, data: DataArguments, images: list[Image.Image]) -> tuple[Any, str]:
+    """The image processor, and the mode of the images, "L" or "RGB". A new processor gets its mean and deviation when the pixels are known.
 
     Raises:
-        FileNotFoundError: a named folder is missing.
-        ValueError: the columns cannot be told, or a split is missing.
+        ValueError: a saved processor does not fit its model, or a flag is out of range.
     """
-    if data.dataset_name and data.train_dir:
-        raise ValueError("give either --dataset_name or --train_dir, not both")
-    if data.validation_dir and not data.train_dir:
-        raise ValueError("--validation_dir needs --train_dir")
-    if data.dataset_name:
-        loaded = datasets.load_dataset(data.dataset_name, data.dataset_config)
-    elif data.train_dir:
-        folders = {"train": data.train_dir, **({"validation": data.validation_dir} if data.validation_dir else {})}
-        for split, folder in folders.items():
-            if not Path(folder).is_dir():
-                raise FileNotFoundError(f"--{split}_dir: there is no folder {folder!r}")
-        loaded = datasets.load_dataset("imagefolder", data_files={split: f"{folder}/**" for split, folder in folders.items()})
-    else:
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])})
-        loaded = datasets.DatasetDict(
-            {
-                name: datasets.Dataset.from_generator(digits_rows, gen_kwargs={"test": name == "test"}, features=features)
-                for name in ("train", "test")
-            }
-        )
-    if "train" not in loaded:
-        raise ValueError(f"the data set has no split 'train', got {', '.join(loaded)}")
-    held_out = next((name for name in ("test", "validation") if name in loaded), None)
-    if held_out is None:
-        loaded = loaded["train"].train_test_split(test_size=0.1, seed=0)
-        held_out = "test"
-    train, evaluation = loaded["train"], loaded[held_out]
-    image = data.image_column or only_column(train, datasets.Image, "--image_column")
-    label = data.label_column or only_column(train, datasets.ClassLabel, "--label_column")
-    for name in (image, label):
-        if name not in train.column_names:
-            raise ValueError(f"no column {name!r}, the data set has {train.column_names}")
-    if not isinstance(train.features[label], datasets.ClassLabel):
-        train, evaluation = train.class_encode_column(label), evaluation.class_encode_column(label)
-    if train.features[label].names != evaluation.features[label].names:
-        raise ValueError(
-            f"training and evaluation have other classes: {train.features[label].names} and {evaluation.features[label].names}"
-        )
-    if data.max_train_images is not None:
-        train = train.shuffle(seed=0).select(range(min(data.max_train_images, len(train))))
-    if data.max_eval_images is not None:
-        evaluation = evaluation.shuffle(seed=0).select(range(min(data.max_eval_images, len(evaluation))))
-    return train, evaluation, image, label
-
-
-def only_column(rows: datasets.Dataset, kind: type, flag: str) -> str:
-    names = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-    if len(names) != 1:
-        raise ValueError(f"the data set has {len(names)} columns of type {kind.__name__} ({names}); name one with {flag}")
-    return names[0]
-
-
-def pixel_statistics(rows: datasets.Dataset, column: str, grey: bool) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, over up to 2,000 images, of values in [0, 1]."""
-    count, total, squares = 0.0, 0.0, 0.0
-    for row in rows.select(range(min(2000, len(rows)))):
-        pixels = np.asarray(row[column].convert("L" if grey else "RGB"), dtype=np.float64).reshape(-1, 1 if grey else 3) / 255
-        count, total, squares = count + len(pixels), total + pixels.sum(0), squares + (pixels**2).sum(0)
-    mean = total / count
-    return np.atleast_1d(mean).tolist(), np.atleast_1d(np.sqrt(np.maximum(squares / count - mean**2, 1e-12))).tolist()
-
-
-def build_processor(first: Image.Image, statistics: tuple[list[float], list[float]], size: int | None) -> Any:
-    height, width = (first.height, first.width) if size is None else (size, size)
-    return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=statistics[0], image_std=statistics[1])
-
-
-class ImageCollator:
-    """Rows to `pixel_values` and `labels`. Training images are shifted by up to `padding` pixels and, if asked for, flipped, in plain torch."""
-
-    def __init__(self, processor: Any, image: str, label: str, grey: bool, padding: int = 0, flip: bool = False) -> None:
-        self.processor, self.image, self.label = processor, image, label
-        self.mode = "L" if grey else "RGB"
-        self.padding, self.flip = padding, flip
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        images = [np.atleast_3d(np.asarray(row[self.image].convert(self.mode))) for row in rows]
-        pixels = self.processor(images, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-        if self.padding:
-            pixels = shifted(pixels, self.padding)
-        if self.flip:
-            flipped = torch.rand(len(pixels)) < 0.5
-            pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
-        return {"pixel_values": pixels, "labels": torch.tensor([row[self.label] for row in rows])}
-
-
-def shifted(pixels: torch.Tensor, padding: int) -> torch.Tensor:
-    """Each image of (batch, channels, height, width) moved by up to `padding` pixels in both directions; its edge is repeated."""
-    batch, _, height, width = pixels.shape
-    padded = F.pad(pixels, (padding,) * 4, mode="replicate")
-    down, right = torch.randint(0, 2 * padding + 1, (2, batch, 1))
-    ys, xs = torch.arange(height) + down, torch.arange(width) + right  # (batch, height), (batch, width)
-    return padded[torch.arange(batch)[:, None, None], :, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2).contiguous()
-
-
-def build_model(options: ModelArguments, names: list[str], channels: int, size: int) -> torch.nn.Module:
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    if data.channels not in (None, 1, 3):
+        raise ValueError(f"--channels must be 1 or 3, got {data.channels}")
+    if data.image_size is not None and data.image_size < 1:
+        raise ValueError(f"--image_size must be at least 1, got {data.image_size}")
+    size = None if data.image_size is None else {"height": data.image_size, "width": data.image_size}
     if options.model_name_or_path:
-        return AutoModelForImageClassification.from_pretrained(options.model_name_or_path, ignore_mismatched_sizes=True, **labels)
+        processor = ViTImageProcessorPil.from_pretrained(options.model_name_or_path, **({"size": size} if size else {}))
+        config = AutoConfig.from_pretrained(options.model_name_or_path)
+        wanted = getattr(config, "num_channels", None)
+        counts = (len(processor.image_mean), len(processor.image_std))
+        if counts != (wanted, wanted) or wanted not in (1, 3):
+            raise ValueError(
+                f"the image processor in {options.model_name_or_path!r} does not fit the model: its image_mean and image_std have {counts[0]} and "
+                f"{counts[1]} channels, the model's config.num_channels is {wanted}"
+            )
+        if data.channels not in (None, wanted):
+            raise ValueError(f"--channels {data.channels}: the saved model takes images of {wanted} channels; leave the flag out")
+        return processor, "L" if wanted == 1 else "RGB"
+    first = images[0]
+    grey = all(map(is_grey, images)) if data.channels is None else data.channels == 1
+    return ViTImageProcessorPil(size=size or {"height": first.height, "width": first.width}), "L" if grey else "RGB"
+
+
+def build_model(options: ModelArguments, names: list[str], shape: tuple[int, int, int]) -> torch.nn.Module:
+    """A new or saved classifier of images (height, width, channels).
+
+    Raises:
+        ValueError: a setting is unknown, or the images are smaller than the network can halve.
+    """
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     if options.preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {options.preset!r}")
-    settings: dict[str, Any] = dict(hidden_sizes=[32, 64], expansion_ratios=[1, 1])
-    if options.preset == "paper_cifar10_multiscale":
-        settings = {}
-    for name in ("hidden_sizes", "expansion_ratios"):
-        if getattr(options, name) is not None:
-            settings[name] = getattr(options, name)
-    create = RevDEQVisionConfig.paper_cifar10_multiscale if options.preset != "small" else RevDEQVisionConfig
-    config = create(
-        image_size=size,
-        num_channels=channels,
-        beta=options.beta,
-        max_steps=options.solver_steps,
-        tol=options.tol,
-        gradient=options.gradient,
-        keep_evaluations=options.keep_evaluations,
-        **{**settings, "num_labels": len(names), **labels},
-    )
-    return RevDEQForImageClassification(config)
+    if options.model_type not in MODEL_TYPES:
+        raise ValueError(f"--model_type must be one of {', '.join(MODEL_TYPES)}, got {options.model_type!r}")
+    if options.model_name_or_path:
+        model = AutoModelForImageClassification.from_pretrained(options.model_name_or_path, ignore_mismatched_sizes=True, **labels)
+        if model.config.model_type == RevDEQVisionConfig.model_type:
+            model.config.image_size = shape[0]
+    elif options.model_type == "resnet":
+        sizes = options.hidden_sizes or [32, 64]
+        depths = options.depths or [2] * len(sizes)
+        if len(depths) != len(sizes):
+            raise ValueError(f"--depths must have one entry per stage, got {depths} for {len(sizes)} --hidden_sizes")
+        config = AutoConfig.for_model(
+            "resnet",
+            num_channels=shape[-1],
+            embedding_size=options.embedding_size or sizes[0],
+            hidden_sizes=sizes,
+            depths=depths,
+            layer_type=options.layer_type,
+            downsample_in_first_stage=options.downsample_in_first_stage,
+            **labels,
+        )
+        model = AutoModelForImageClassification.from_config(config)
+    else:
+        settings: dict[str, Any] = {}
+        create: Any = RevDEQVisionConfig
+        if options.preset == "small":
+            settings = dict(hidden_sizes=[32, 64], expansion_ratios=[1, 1])
+        else:
+            create = getattr(RevDEQVisionConfig, options.preset)
+        own = dict(hidden_sizes=options.hidden_sizes, expansion_ratios=options.expansion_ratios, max_steps=options.solver_steps)
+        config = create(
+            image_size=shape[0],
+            num_channels=shape[-1],
+            beta=options.beta,
+            tol=options.tol,
+            gradient=options.gradient,
+            keep_evaluations=options.keep_evaluations,
+            **{**settings, **{name: value for name, value in own.items() if value is not None}, "num_labels": len(names), **labels},
+        )
+        model = RevDEQForImageClassification(config)
+    halvings = len(getattr(model.config, "hidden_sizes", [0])) - 1
+    if model.config.model_type == "resnet":
+        halvings += 2 + model.config.downsample_in_first_stage
+    if min(shape[:2]) < 2**halvings:
+        raise ValueError(
+            f"images of {shape[0]} x {shape[1]} pixels are smaller than the network allows, which halves them {halvings} times; "
+            f"enlarge them with --image_size (at least {2**halvings}) or take fewer --hidden_sizes"
+        )
+    return model
+
+
+# --- training ---
+
+
+class AveragedWeights(TrainerCallback):
+    """An exponential moving average of a model's weights and BatchNorm statistics, updated after every update of the model."""
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.averaged = AveragedModel(model, multi_avg_fn=partial(self.average, decay), use_buffers=True)
+
+    @staticmethod
+    def average(decay: float, averages: Any, values: Any, count: torch.Tensor) -> None:
+        updates = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + updates) / (10 + updates)))(averages, values, count)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.averaged.update_parameters(model)
+        for average, value in zip(self.averaged.module.buffers(), model.buffers(), strict=True):
+            if not average.is_floating_point():  # counters
+                average.copy_(value)
+
+    @torch.no_grad()
+    def exchange(self, model: torch.nn.Module) -> None:
+        """Puts the average into the model and the model's weights here; a second time: back again. Before the first update nothing happens."""
+        if not self.averaged.n_averaged:
+            return
+        tensors = (itertools.chain(module.parameters(), module.buffers()) for module in (model, self.averaged.module))
+        for value, average in zip(*tensors, strict=True):
+            held = value.clone()
+            value.copy_(average)
+            average.copy_(held)
+
+    def save(self, folder: str | Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in self.averaged.state_dict().items()}, Path(folder) / AVERAGED_WEIGHTS)
+
+    def load(self, folder: str | Path) -> None:
+        path = Path(folder) / AVERAGED_WEIGHTS
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"--ema_decay: the checkpoint {str(folder)!r} has no {AVERAGED_WEIGHTS}; it was written without the flag"
+            )
+        self.averaged.load_state_dict(load_file(path))
+
+
+class TimeLimit(TrainerCallback, ExportableState):
+    """Stops training after some minutes, those before an interruption included; rank 0's clock counts."""
+
+    def __init__(self, minutes: float) -> None:
+        self.minutes, self.seconds = minutes, 0.0
+
+    @property
+    def share(self) -> float:
+        return self.seconds / (60 * self.minutes)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # a checkpoint written without a limit knows of none
+        self.seconds = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]["seconds"]
+        self.began = time.perf_counter() - self.seconds
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:  # before the scheduler's step
+        clock = torch.tensor(time.perf_counter() - self.began, device=args.device)
+        self.seconds = float(accelerate.utils.broadcast(clock))
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.share >= 1:
+            control.should_training_stop = True
+
+    def state(self) -> dict:
+        return {"args": {"minutes": self.minutes}, "attributes": {"seconds": self.seconds}}
+
+
+def one_cycle(update: int, warmup: int, updates: int) -> float:
+    """The learning rate of update 0, 1, ..., `updates - 1`, as a part of the peak: OneCycleLR's with its default factors and `warmup / updates` as `pct_start`.
+
+    Half a cosine from 1/25 up to 1 at the end of the warm-up, another one down to 1/250,000 at the last update.
+    """
+    top = warmup - 1
+    if update < top:
+        start, end, share = 1 / 25, 1.0, update / top
+    else:
+        start, end, share = 1.0, 1 / 250_000, min((update - top) / max(updates - 1 - top, 1), 1.0)
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+class ImageTrainer(Trainer):
+    """Trainer whose training batches alone are augmented, with soft labels, averaged weights, a time limit and the schedule that follows it."""
+
+    data_collator: Any
+    lr_scheduler: Any
+
+    def __init__(self, *arguments: Any, train_collator: ImageCollator, **kwargs: Any) -> None:
+        super().__init__(*arguments, **kwargs)
+        self.label_smoother = None  # the collator smooths; the evaluation's loss stays plain
+        self.train_collator = train_collator
+        self.average = None if self.args.ema_decay is None else AveragedWeights(self.model, self.args.ema_decay)
+        self.limit = None if self.args.max_minutes is None else TimeLimit(self.args.max_minutes)
+        for callback in (self.average, self.limit):
+            if callback is not None:
+                self.add_callback(callback)
+        if self.average is not None and self.is_fsdp_enabled:
+            raise ValueError("--ema_decay averages whole weights, which FSDP does not keep in one place; use DDP or leave the flag out")
+
+    def get_train_dataloader(self):
+        evaluation_collator, self.data_collator = self.data_collator, self.train_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = evaluation_collator
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "probabilities" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", "probabilities")})
+        loss = soft_cross_entropy(outputs.logits, inputs["probabilities"], num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # the images were counted over all ranks, whose gradients are averaged
+            loss = loss * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.lr_scheduler is None and self.args.one_cycle:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, partial(one_cycle, warmup=warmup, updates=num_training_steps))
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        limit = self.limit
+        if limit is not None:
+            if not isinstance(scheduler, LambdaLR):
+                raise ValueError(f"--max_minutes needs a schedule that depends on the update alone, got {self.args.lr_scheduler_type}")
+
+            def follow(schedule):
+                return lambda update: schedule(max(update, int(min(limit.share, 1.0) * num_training_steps)))
+
+            scheduler.lr_lambdas = [follow(schedule) for schedule in scheduler.lr_lambdas]
+        return scheduler
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        if self.average is not None and resume_from_checkpoint:
+            self.average.load(resume_from_checkpoint)
+        trained = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.average is not None:  # the model is the average from here on
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+                self.average.load(self.state.best_model_checkpoint)
+            self.average.exchange(self.model)
+            self.remove_callback(self.average)
+            self.average = None
+        return trained
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # a checkpoint's last file tells that it is whole, so this one must come before it
+        if self.average is not None and output_dir is not None and self.args.should_save:
+            self.average.save(output_dir)
+
+    def evaluation_loop(self, *arguments: Any, **kwargs: Any):
+        if self.average is None:
+            return super().evaluation_loop(*arguments, **kwargs)
+        self.average.exchange(self.model)
+        try:
+            return super().evaluation_loop(*arguments, **kwargs)
+        finally:
+            self.average.exchange(self.model)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Predictions are the logits, of a model with fixed points also the steps and residuals of each image, (batch, stages)."""
+        ignored = ["hidden_states", "attentions"]
+        asked = {**inputs, "output_solver_stats": True} if fixed_point_layers(self.model) else inputs
+        loss, predictions, labels = super().prediction_step(model, asked, prediction_loss_only, ignored)
+        if prediction_loss_only or not self.args.test_flip:
+            return loss, predictions, labels
+        flipped = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
+        logits, *figures = predictions if isinstance(predictions, tuple) else (predictions,)
+        logits = (logits + super().prediction_step(model, flipped, False, ignored)[1]) / 2
+        return F.cross_entropy(logits.float(), labels), (logits, *figures) if figures else logits, labels
 
 
 class Accuracy(evaluate.Metric):
@@ -251,85 +422,134 @@ class Accuracy(evaluate.Metric):
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
+def logits_of(predictions: Any) -> np.ndarray:
+    return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+# --- the run ---
+
+
 def main(arguments: list[str] | None = None) -> dict:
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, ImageTrainingArguments), description=__doc__.split("\n\n")[0] if __doc__ else None
     )
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
+    if data.bad_images not in ("refuse", "skip"):
+        raise ValueError(f"--bad_images must be refuse or skip, got {data.bad_images!r}")
     resume = checkpoint_to_resume(training)
     set_seed(training.seed)
     began = time.perf_counter()
 
     with training.main_process_first(desc="preparing the data"):
-        train, evaluation, image, label = load_images(data)
-    first = train[0][image]
-    grey = first.mode in ("1", "L", "I;16")
-    if options.model_name_or_path:
-        processor = ViTImageProcessorPil.from_pretrained(options.model_name_or_path)
-        grey = len(processor.image_mean) == 1
-    else:
-        processor = build_processor(first, pixel_statistics(train, image, grey), data.image_size)
-    model: Any = build_model(options, train.features[label].names, 1 if grey else 3, processor.size["height"])
-    flip = data.flip if data.flip is not None else (data.dataset_name or data.train_dir) is not None
+        train, evaluation = load_images(data)
+        images = readable_images(train)
+        processor, mode = build_processor(options, data, images)
+        names = train.features["label"].names
+        example = np.atleast_3d(np.asarray(converted(images[0], mode)))
+        sized = processor(example, input_data_format="channels_last", do_rescale=False, do_normalize=False)["pixel_values"][0]
+        pixels = Pixels(processor, (*sized.shape[1:], sized.shape[0]))
+        model: Any = build_model(options, names, pixels.shape)
+        keep = data.keep_pixels
+        if keep is None:
+            keep = (len(train) + len(evaluation)) * sized.size <= KEPT_BYTES
+        train, skipped = decode(train, processor, mode, keep, data.bad_images, "train")
+        evaluation, skipped_eval = decode(evaluation, processor, mode, keep, data.bad_images, "evaluation")
+        if not options.model_name_or_path:
+            processor.image_mean, processor.image_std = pixels.statistics(train)
+
+    if training.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    augmentation = Augmentation(
+        padding=data.crop_padding,
+        flip=data.flip if data.flip is not None else mode == "RGB",
+        cutout=data.cutout,
+        erasing=data.erasing,
+        mixup=data.mixup,
+        cutmix=data.cutmix,
+        label_smoothing=training.label_smoothing_factor,
+        classes=len(names),
+    )
     metric = Accuracy()
-
-    class ImageTrainer(Trainer):
-        """Only training images are augmented."""
-
-        def get_train_dataloader(self):
-            self.data_collator = ImageCollator(processor, image, label, grey, data.crop_padding, flip)
-            try:
-                return super().get_train_dataloader()
-            finally:
-                self.data_collator = ImageCollator(processor, image, label, grey)
-
     trainer = ImageTrainer(
         model=model,
         args=training,
         train_dataset=train,
         eval_dataset=evaluation,
         processing_class=processor,
-        data_collator=ImageCollator(processor, image, label, grey),
-        compute_metrics=lambda p: metric.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
+        data_collator=ImageCollator(pixels, training.channels_last),
+        train_collator=ImageCollator(pixels, training.channels_last, augmentation, training.seed),
+        compute_metrics=lambda p: metric.compute(predictions=logits_of(p.predictions).argmax(-1), references=p.label_ids),
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
 
     before = trainer.evaluate(metric_key_prefix="before") if resume is None else {}
     trained = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    predicted = trainer.predict(evaluation, metric_key_prefix="eval")
+    trainer.log(predicted.metrics)
     trainer.save_state()
-    after = trainer.evaluate()
 
+    found = scores(logits_of(predicted.predictions), predicted.label_ids, names)
     drifts = [entry["drift"] for entry in trainer.state.log_history if "drift" in entry]
     results = {
+        "model_type": model.config.model_type,
         "parameters": model.num_parameters(),
         "train_images": len(train),
         "eval_images": len(evaluation),
+        "unreadable_images": skipped + skipped_eval,
         "updates": trainer.state.global_step,
         "loss_before": before.get("before_loss"),
-        "loss": after["eval_loss"],
+        "loss": predicted.metrics["eval_loss"],
         "accuracy_before": before.get("before_accuracy"),
-        "accuracy": after["eval_accuracy"],
+        **found,
+        "stages": stage_figures(model, predicted.predictions),
         "greatest_drift": max(drifts) if drifts else None,
         "train_seconds": trained.metrics["train_runtime"],
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(),
     }
     if trainer.is_world_process_zero():
-        report(results, trainer, evaluation)
+        report(results, trainer, pixels, evaluation, predicted, found)
     return results
 
 
-def report(results: dict, trainer: Trainer, evaluation: datasets.Dataset) -> None:
-    """Writes results.json and training.png to the output folder and prints the table."""
+def stage_figures(model: torch.nn.Module, predictions: Any) -> dict[str, dict[str, float]]:
+    """Mean steps and relative residual of each fixed point over the evaluation's images."""
+    layers = fixed_point_layers(model)
+    if not layers:
+        return {}
+    _, steps, residuals = predictions
+    means = zip(layers, steps.mean(0), residuals.mean(0), strict=True)
+    return {name: {"solver_steps": float(taken), "residual": float(residual)} for (name, _), taken, residual in means}
+
+
+def report(results: dict, trainer: Trainer, pixels: Pixels, evaluation: datasets.Dataset, predicted: Any, found: dict) -> None:
+    """Writes results.json and the figures to the output folder and prints the table."""
     folder = Path(trainer.args.output_dir)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    batch = trainer.data_collator([evaluation[index] for index in range(min(64, len(evaluation)))])
-    steps = fixed_point_layers(model)[0][1].max_steps
-    curves = residual_curve(model, {"pixel_values": batch["pixel_values"].to(model.device)}, 4 * steps)
-    plot_training(trainer.state.log_history, curves, steps, folder / "training.png")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    rows = [[key.replace("_", " "), value] for key, value in results.items() if key != "peak_memory_bytes"]
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    logits, labels = logits_of(predicted.predictions), predicted.label_ids
+
+    wrong = np.flatnonzero(logits.argmax(-1) != labels)
+    wrong = wrong[np.argsort(-probabilities(logits[wrong]).max(-1))][:25].tolist()  # the surest ones
+    shown = dict(zip(wrong, pixels.array([evaluation[row] for row in wrong]), strict=True)) if wrong else {}
+    plot_evaluation(logits, labels, list(model.config.id2label.values()), shown, found, folder / "evaluation.png")
+
+    curves, steps = {}, 1
+    layers = fixed_point_layers(model)
+    if layers:
+        steps = layers[0][1].max_steps
+        some = pixels.array([evaluation[row] for row in spread(len(evaluation), 64)])
+        values = pixels.normalised(some).to(model.device)
+        curves = residual_curve(model, {"pixel_values": values}, 4 * steps)
+        few = spread(len(some), 6)
+        plot_fixed_point(model, values[few], some[few], min(2 * steps, 12), steps, folder / "fixed_point.png")
+    plot_training(trainer.state.log_history, curves, steps, folder / "training.png")
+
+    rows = [[key.replace("_", " "), value] for key, value in results.items() if not isinstance(value, dict | list)]
+    for name, figures in results["stages"].items():
+        rows += [[f"{name}, mean {key.replace('_', ' ')}", value] for key, value in figures.items()]
+    rows = [[name, value] for name, value in rows if name != "peak memory bytes"]
     rows += [["peak memory (MB)", results["peak_memory_bytes"] and results["peak_memory_bytes"] / 1e6], ["saved in", str(folder)]]
     print_table(["the run", ""], rows)
 

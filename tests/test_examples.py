@@ -1,4 +1,4 @@
-"""The two scripts end to end on small data, interrupted and resumed, and with unusable input."""
+"""The language script end to end on small data, interrupted and resumed, and with unusable input; the help of both scripts."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, ViTImageProcessorPil
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -29,11 +29,6 @@ def load(name: str):
 @pytest.fixture(scope="module")
 def language():
     return load("train_language")
-
-
-@pytest.fixture(scope="module")
-def image():
-    return load("train_image")
 
 
 @pytest.fixture(scope="module")
@@ -155,37 +150,6 @@ def test_standard_library_splits_share_no_file(language):
     assert len(seen) > 300
 
 
-def test_training_image_script(image, tmp_path, capsys):
-    arguments = ["--output_dir", str(tmp_path), "--max_steps", "80", "--learning_rate", "2e-2", "--max_eval_images", "100"]
-    results = image.main([*arguments, "--hidden_sizes", "16", "--expansion_ratios", "1", "--disable_tqdm", "true", "--logging_steps", "5"])
-    assert results["greatest_drift"] == 0
-    assert results["accuracy"] > 0.5 > results["accuracy_before"]
-    assert "accuracy" in capsys.readouterr().out
-    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
-    model, processor = AutoModelForImageClassification.from_pretrained(tmp_path), ViTImageProcessorPil.from_pretrained(tmp_path)
-    assert model.config.id2label[7] == "7"
-    assert model.config.num_channels == 1
-    pixels = processor(np.zeros((8, 8, 1), dtype=np.uint8), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
-    assert model(pixels).logits.shape == (1, 10)
-
-
-def test_image_script_on_a_folder_of_images(image, tmp_path):
-    from PIL import Image
-
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 12), ("valid", 4)):
-        for name, colour in (("dark", 0), ("light", 200)):
-            folder = tmp_path / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = generator.integers(colour, colour + 50, (9, 11, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.png")
-    folders = ["--train_dir", str(tmp_path / "train"), "--validation_dir", str(tmp_path / "valid"), "--image_size", "10"]
-    small = ["--hidden_sizes", "16", "--expansion_ratios", "1", "--max_steps", "25", "--disable_tqdm", "true"]
-    results = image.main([*folders, *small, "--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size", "8"])
-    assert results["accuracy"] == 1.0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -210,22 +174,6 @@ def test_unusable_input_of_the_language_script_is_told(language, text_files, tmp
     filled = [names.get(argument, argument) for argument in arguments]
     with pytest.raises(Exception, match=message):
         language.main([*filled, "--output_dir", str(tmp_path / "out"), "--vocab_size", "300", "--disable_tqdm", "true"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--train_dir", "nowhere"], "no folder 'nowhere'"),
-        (["--validation_dir", "nowhere"], "needs --train_dir"),
-        (["--preset", "huge"], "--preset must be one of"),
-        (["--label_column", "name"], "no column 'name'"),
-        (["--hidden_sizes", "20", "--expansion_ratios", "1"], "group_width must divide"),
-    ],
-    ids=str,
-)
-def test_unusable_input_of_the_image_script_is_told(image, tmp_path, arguments, message):
-    with pytest.raises(Exception, match=message):
-        image.main([*arguments, "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"])
 
 
 @pytest.mark.parametrize("script", ["train_language", "train_image"])
