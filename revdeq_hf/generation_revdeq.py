@@ -11,6 +11,11 @@ from .configuration_revdeq import RevDEQConfig
 from .steps_revdeq import check_steps
 
 
+# How a model drafts for itself, where nothing else is asked for. A draft of the same weights is wrong where few steps differ from all, not where it is
+# unsure, so no threshold ends it; its length follows what was accepted.
+DRAFTING = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic_transient", "assistant_confidence_threshold": 0.0}
+
+
 class RevDEQGenerationMixin(GenerationMixin):
     """`generate` with `max_steps` and `draft_max_steps`; everything else is transformers'."""
 
@@ -22,9 +27,10 @@ class RevDEQGenerationMixin(GenerationMixin):
         Args:
             max_steps (`int`, *optional*): steps of every solve, instead of `config.max_steps`.
             draft_max_steps (`int`, *optional*): the model drafts for itself: solves of so few steps propose tokens one by one, one solve of all steps
-                verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution). How many tokens
-                are proposed is `generation_config.num_assistant_tokens`, and `assistant_confidence_threshold` ends a draft early. As all assisted
-                decoding in transformers it takes one sequence at a time and a dynamic cache. Same as `assistant_early_exit`, whose exits are steps here.
+                verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution). Drafts begin with
+                5 tokens, 2 more after each that was accepted whole, 1 less after others; `num_assistant_tokens`, `num_assistant_tokens_schedule` and
+                `assistant_confidence_threshold`, here or in the generation config, change that. As all assisted decoding in transformers it takes one
+                sequence at a time and a dynamic cache. Same as `assistant_early_exit`, whose exits are steps here.
 
         Raises:
             ValueError: `draft_max_steps` is not below the steps of a full solve; or what transformers' `generate` raises.
@@ -34,6 +40,8 @@ class RevDEQGenerationMixin(GenerationMixin):
             if check_steps(draft_max_steps, "draft_max_steps") >= steps:
                 raise ValueError(f"draft_max_steps must be below the steps of a full solve, got {draft_max_steps} and max_steps={steps}")
             kwargs["assistant_early_exit"] = draft_max_steps
+            configured = self.generation_config if generation_config is None else generation_config
+            kwargs |= {name: value for name, value in DRAFTING.items() if name not in kwargs and getattr(configured, name) is None}
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _get_candidate_generator(
@@ -47,7 +55,7 @@ class RevDEQGenerationMixin(GenerationMixin):
         # transformers' own early exit changes the config while it drafts, and not at all where max_steps is given in the call
         generation_config = copy.deepcopy(generation_config)
         generation_config.assistant_early_exit = None
-        return AssistedCandidateGenerator(
+        drafts = AssistedCandidateGenerator(
             input_ids=input_ids,
             assistant_model=self,
             generation_config=generation_config,
@@ -55,6 +63,13 @@ class RevDEQGenerationMixin(GenerationMixin):
             inputs_tensor=inputs_tensor,
             logits_processor=logits_processor,
         )
+        # it has asked the model's own generation config; this call's counts
+        for name in DRAFTING:
+            setattr(drafts.assistant_generation_config, name, getattr(generation_config, name))
+        drafts.num_assistant_tokens = generation_config.num_assistant_tokens
+        drafts.assistant_confidence_threshold = generation_config.assistant_confidence_threshold
+        drafts.generation_config.assistant_confidence_threshold = generation_config.assistant_confidence_threshold
+        return drafts
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers looks at its signature
     def prepare_inputs_for_generation(self, *args, **kwargs):

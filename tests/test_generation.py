@@ -172,6 +172,31 @@ def test_a_model_that_drafts_for_itself_writes_the_same(kv_cache, tol):
     assert model.generation_config.assistant_early_exit is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "configured", "first"),
+    [
+        (dict(), dict(), 5),
+        (dict(num_assistant_tokens=2), dict(), 2),
+        (dict(), dict(num_assistant_tokens=3), 3),
+        (dict(num_assistant_tokens=2), dict(num_assistant_tokens=3), 2),
+        (dict(assistant_confidence_threshold=0.999), dict(), 1),  # no token of this model is that sure
+    ],
+    ids=str,
+)
+def test_how_long_drafts_are(settings, configured, first):
+    """By default, by the generation config and by the call, in rising order of what counts."""
+    model = contractive(max_steps=3)
+    for name, value in configured.items():
+        setattr(model.generation_config, name, value)
+    verified = []
+    model.register_forward_pre_hook(
+        lambda module, given, named: verified.append(named["input_ids"].shape[1]) if named.get("max_steps") is None else None, with_kwargs=True
+    )
+    model.generate(IDS[:1], draft_max_steps=2, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None, **settings)
+    assert verified[0] == IDS.shape[1] + first
+    assert model.generation_config.num_assistant_tokens == configured.get("num_assistant_tokens")
+
+
 def test_drafts_that_cannot_be_are_told():
     model = contractive(max_steps=3)
     for steps in (3, 7):
