@@ -1,0 +1,370 @@
+"""Which block should the image model iterate? Variants of f(z, x), trained on the same images, judged at fewer and more steps than in training.
+
+Every variant sits in the same small network (a stem, two or more stages, a classifier), has as many parameters (the blocks' hidden channels make up for
+what else they have) and evaluations, and sees the same images in the same order, shifted and flipped. Accuracy is then taken at N/2, N, 2N and 4N steps.
+A row is kept per finished run; runs that have a row are skipped.
+
+    python benchmarks/image_study.py --data cifar10        # a folder with train/CLASS/*.png and test/CLASS/*.png
+    python benchmarks/image_study.py --table               # the rows kept so far, as Markdown
+"""
+
+import argparse
+import csv
+import math
+import time
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from common import RESULTS, keep
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+
+from revdeq_hf import ReversibleFixedPoint, diagnose
+from revdeq_hf.modeling_revdeq_vision import RevDEQVisionDownsample
+
+SIZES, STEPS, BETA, GROUP = (32, 64), 2, 0.8, 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One block.
+
+    Attributes:
+        form: "paper", GN(relu(z + GN(x + c2(relu(GN(c1(z))))))); "pre", u + c2(act(GN(c1(act(GN(u)))))); "mixer", u + p2(act(p1(GN(depthwise(u))))), in the
+            manner of ConvNeXt.
+        inject: u is "add", z + x; "norm", GN(z) + x.
+        skip: the identity path comes from "u" or "x" (not in the paper's form).
+        out_norm: whether the output is normalised (the paper's form: always).
+        kernel: of the depthwise convolution.
+        act: "relu", "gelu" or "silu".
+        zero: whether the last convolution of the block starts at 0.
+        tuple: whether all stages are one state of several resolutions, which see one another in every evaluation, solved together.
+        explicit: a residual network: "same parameters", each block once; "same evaluations", as many blocks of their own as the loop evaluates; "": a loop.
+    """
+
+    form: str = "pre"
+    inject: str = "norm"
+    skip: str = "u"
+    out_norm: bool = True
+    kernel: int = 3
+    act: str = "relu"
+    zero: bool = False
+    tuple: bool = False
+    explicit: str = ""
+
+    def settings(self) -> str:
+        """What differs from the defaults."""
+        return " ".join(f"{f.name}={getattr(self, f.name)}".replace(" ", "_") for f in fields(self) if getattr(self, f.name) != f.default)
+
+
+VARIANTS: dict[str, Variant] = {
+    "paper": Variant(form="paper"),
+    "pre": Variant(),
+    "pre, zero": Variant(zero=True),
+    "pre, x skip": Variant(skip="x", inject="add"),
+    "pre, add": Variant(inject="add"),
+    "pre, no output norm": Variant(out_norm=False),
+    "pre, silu": Variant(act="silu"),
+    "mixer 3": Variant(form="mixer", act="gelu"),
+    "mixer 5": Variant(form="mixer", act="gelu", kernel=5),
+    "mixer 7": Variant(form="mixer", act="gelu", kernel=7),
+    "mixer 5, zero": Variant(form="mixer", act="gelu", kernel=5, zero=True),
+    "pre, tuple": Variant(tuple=True),
+    "explicit, same parameters": Variant(explicit="same parameters"),
+    "explicit, same evaluations": Variant(explicit="same evaluations"),
+}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // GROUP, channels)
+
+
+class StudyBlock(nn.Module):
+    """f(z, x) of a variant, (batch, channels, height, width) to the same; with `z` None an ordinary residual block on x."""
+
+    def __init__(self, channels: int, hidden: int, variant: Variant) -> None:
+        super().__init__()
+        self.variant = variant
+        act = ACTIVATIONS[variant.act]
+        self.z_norm = (
+            group_norm(channels) if variant.inject == "norm" and variant.form != "paper" and not variant.explicit else nn.Identity()
+        )
+        if variant.form == "paper":
+            first = [nn.Conv2d(channels, hidden, 3, padding=1, bias=False), group_norm(hidden), act()]
+            last, self.inner_norm = nn.Conv2d(hidden, channels, 3, padding=1, bias=False), group_norm(channels)
+        elif variant.form == "pre":
+            first = [group_norm(channels), act(), nn.Conv2d(channels, hidden, 3, padding=1, bias=False), group_norm(hidden), act()]
+            last = nn.Conv2d(hidden, channels, 3, padding=1, bias=False)
+        else:
+            depthwise = nn.Conv2d(channels, channels, variant.kernel, padding=variant.kernel // 2, groups=channels, bias=False)
+            first = [depthwise, group_norm(channels), nn.Conv2d(channels, hidden, 1), act()]
+            last = nn.Conv2d(hidden, channels, 1)
+        if variant.zero:
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+        self.branch = nn.Sequential(*first, last)
+        self.out_norm = group_norm(channels) if variant.out_norm and not variant.explicit else nn.Identity()
+
+    def forward(self, z: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+        if self.variant.form == "paper":
+            assert z is not None
+            return self.out_norm(torch.relu(z + self.inner_norm(x + self.branch(z))))
+        u = x if z is None else self.z_norm(z) + x
+        return self.out_norm((x if self.variant.skip == "x" else u) + self.branch(u))
+
+
+class TupleBlock(nn.Module):
+    """Several resolutions at once: each is evaluated by its own block on its x and what the others, resampled, say."""
+
+    def __init__(self, sizes: tuple[int, ...], hidden: list[int], variant: Variant) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(StudyBlock(size, width, variant) for size, width in zip(sizes, hidden, strict=True))
+        self.across = nn.ModuleList(
+            nn.ModuleList(nn.Conv2d(other, size, 1, bias=False) if other != size else nn.Identity() for other in sizes) for size in sizes
+        )
+
+    def forward(self, z: tuple[torch.Tensor, ...], x: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        normed = [block.z_norm(part) for block, part in zip(self.blocks, z, strict=True)]
+        new = []
+        for index, (block, part) in enumerate(zip(self.blocks, z, strict=True)):
+            own = x[index]
+            for other, state in enumerate(normed):
+                if other != index:
+                    moved = self.across[index][other](state)
+                    own = own + functional.interpolate(moved, size=part.shape[-2:], mode="nearest" if other > index else "area")
+            new.append(block(part, own))
+        return tuple(new)
+
+
+class StudyModel(nn.Module):
+    """Stem, stages `x + z*(x)`, residual downsampling between them, pooling, classifier: the package's network around a variant's blocks."""
+
+    def __init__(self, variant: Variant, hidden: list[int], classes: int) -> None:
+        super().__init__()
+        self.variant = variant
+        self.stem = nn.Sequential(nn.Conv2d(3, SIZES[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(SIZES[0]), nn.ReLU())
+        self.downsamples = nn.ModuleList(RevDEQVisionDownsample(a, b, 1e-5) for a, b in zip(SIZES, SIZES[1:], strict=False))
+        settings: dict[str, Any] = dict(beta=BETA, max_steps=STEPS, gradient="backprop")  # the gradients of reversal, bit for bit
+        if variant.explicit:
+            count = 2 * STEPS if variant.explicit == "same evaluations" else 1
+            self.stages = nn.ModuleList(
+                nn.ModuleList(StudyBlock(size, width, variant) for _ in range(count)) for size, width in zip(SIZES, hidden, strict=True)
+            )
+        elif variant.tuple:
+            self.stages = nn.ModuleList([ReversibleFixedPoint(TupleBlock(SIZES, hidden, variant), **settings)])
+        else:
+            self.stages = nn.ModuleList(
+                ReversibleFixedPoint(StudyBlock(size, width, variant), **settings) for size, width in zip(SIZES, hidden, strict=True)
+            )
+        self.classifier = nn.Linear(SIZES[-1], classes)
+
+    def forward(self, images: torch.Tensor, max_steps: int | None = None) -> tuple[torch.Tensor, list[Any]]:
+        """images (batch, 3, height, width); returns logits and the solutions."""
+        h, solutions = self.stem(images), []
+        if self.variant.tuple:
+            parts = [h]
+            for downsample in self.downsamples:
+                parts.append(downsample(parts[-1]))
+            solution = self.stages[0](tuple(parts), max_steps=max_steps)
+            return self.classifier((parts[-1] + solution.z[-1]).mean((-2, -1))), [solution]
+        for index, stage in enumerate(self.stages):
+            if index:
+                h = self.downsamples[index - 1](h)
+            if self.variant.explicit:
+                for block in stage:
+                    h = block(None, h)
+            else:
+                solutions.append(stage(h, max_steps=max_steps))
+                h = h + solutions[-1].z
+        return self.classifier(h.mean((-2, -1))), solutions
+
+
+def build(variant: Variant, classes: int, seed: int) -> StudyModel:
+    """The model, its blocks as wide inside as brings it to the parameters of the paper's form with hidden channels = channels."""
+
+    def count(hidden: list[int], form: Variant) -> int:
+        return sum(p.numel() for p in StudyModel(form, hidden, classes).parameters())
+
+    target = count(list(SIZES), Variant(form="paper"))
+    hidden = list(SIZES)
+    if variant.explicit != "same evaluations":
+        while count([width + GROUP for width in hidden], variant) <= target:
+            hidden = [width + GROUP for width in hidden]
+        while count(hidden, variant) > target * 1.03:
+            hidden = [width - GROUP for width in hidden]
+    torch.manual_seed(seed)
+    return StudyModel(variant, hidden, classes).to(memory_format=torch.channels_last)
+
+
+def read(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 images (number, 3, height, width) and labels of FOLDER/SPLIT/CLASS/*.png."""
+    classes = sorted(path for path in (folder / split).iterdir() if path.is_dir())
+    images, labels = [], []
+    for label, path in enumerate(classes):
+        for file in sorted(path.glob("*.png")):
+            images.append(np.asarray(Image.open(file).convert("RGB")))
+            labels.append(label)
+    if not images:
+        raise SystemExit(f"there are no images {folder / split}/CLASS/*.png")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def as_input(images: torch.Tensor) -> torch.Tensor:
+    return ((images.float() / 255 - 0.47) / 0.25).contiguous(memory_format=torch.channels_last)
+
+
+def augmented(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """uint8 images, each shifted by up to 4 pixels and flipped with probability 1/2."""
+    batch, _, height, width = images.shape
+    padded = functional.pad(images, (4,) * 4)
+    down, right = torch.randint(0, 9, (2, batch, 1), generator=generator)
+    ys, xs = torch.arange(height) + down, torch.arange(width) + right
+    flip = torch.rand(batch, 1, generator=generator) < 0.5
+    xs = torch.where(flip, xs.flip(1), xs)
+    return padded[torch.arange(batch)[:, None, None], :, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def evaluate(model: StudyModel, images: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Accuracy at N/2, N, 2N and 4N steps, loss at N; mean residual of all stages at the end of 4N; drift and spectral radius of a few images."""
+    model.eval()
+    looped = not model.variant.explicit
+    found: dict[str, Any] = {}
+    names = {"accuracy_half": STEPS // 2, "accuracy": STEPS, "accuracy_double": 2 * STEPS, "accuracy_quadruple": 4 * STEPS}
+    for name, steps in names.items():
+        if not looped and name != "accuracy":
+            found[name] = ""
+            continue
+        right, loss, residual = 0, 0.0, 0.0
+        for part, target in zip(images.split(250), labels.split(250), strict=True):
+            logits, solutions = model(as_input(part), max_steps=steps)
+            right += int((logits.argmax(-1) == target).sum())
+            loss += functional.cross_entropy(logits, target, reduction="sum").item() / len(labels)
+            residual += sum(s.residual.sum().item() for s in solutions) / max(1, len(solutions)) / len(labels)
+        found[name] = round(right / len(labels), 4)
+        if name == "accuracy":
+            found["loss"] = round(loss, 4)
+    found["residual_quadruple"] = round(residual, 6) if looped else ""
+    found["spectral_radius"], found["drift"] = "", ""
+    if looped:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            looks = diagnose(model, as_input(images[:8]), max_steps=4 * STEPS).values()
+        found["spectral_radius"] = round(max(look.spectral_radius.max().item() for look in looks), 3)
+        for stage in model.stages:
+            stage.gradient = "reversible"
+        with torch.enable_grad():
+            logits, _ = model(as_input(images[:8]))
+            logits.sum().backward()
+        found["drift"] = max(stage.drift.item() for stage in model.stages)
+    return found
+
+
+class Run(NamedTuple):
+    """Under which conditions a variant is trained."""
+
+    updates: int
+    batch: int
+    rate: float
+    seed: int
+
+
+def train(name: str, run: Run, data: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+    """One run; returns its row."""
+    (images, labels), (test_images, test_labels) = data["train"], data["test"]
+    variant = VARIANTS[name]
+    model = build(variant, int(labels.max()) + 1, run.seed)
+    groups = [[p for p in model.parameters() if (p.dim() > 1) == decayed] for decayed in (True, False)]
+    optimizer = torch.optim.AdamW([dict(params=groups[0], weight_decay=0.05), dict(params=groups[1], weight_decay=0.0)], lr=run.rate)
+    generator = torch.Generator().manual_seed(run.seed)
+    warm_up, began, recent, order = max(1, run.updates // 10), time.perf_counter(), [], torch.empty(0, dtype=torch.int64)
+    model.train()
+    for update in range(run.updates):
+        share = (update + 1) / warm_up if update < warm_up else 0.5 * (1 + math.cos(math.pi * (update - warm_up) / (run.updates - warm_up)))
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate * share
+        if len(order) < run.batch:
+            order = torch.randperm(len(labels), generator=generator)
+        rows, order = order[: run.batch], order[run.batch :]
+        logits, _ = model(as_input(augmented(images[rows], generator)))
+        loss = functional.cross_entropy(logits, labels[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        recent.append(loss.item())
+        if (update + 1) % 50 == 0:
+            print(f"{name}: {update + 1} {sum(recent[-50:]) / 50:.3f} ({time.perf_counter() - began:.0f} s)", flush=True)
+    seconds = time.perf_counter() - began
+    return {
+        "variant": name,
+        "settings": variant.settings(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "rate": run.rate,
+        "seed": run.seed,
+        "updates": run.updates,
+        "batch": run.batch,
+        "train_loss": round(sum(recent[-50:]) / len(recent[-50:]), 4),
+        **evaluate(model, test_images, test_labels),
+        "seconds": round(seconds),
+    }
+
+
+def finished() -> set[tuple[str, Run]]:
+    path = RESULTS / "image_study.csv"
+    if not path.exists():
+        return set()
+    with path.open(encoding="utf-8", newline="") as file:
+        return {
+            (row["variant"], Run(int(row["updates"]), int(row["batch"]), float(row["rate"]), int(row["seed"])))
+            for row in csv.DictReader(file)
+        }
+
+
+def table() -> None:
+    """Prints the rows as Markdown, best first."""
+    with (RESULTS / "image_study.csv").open(encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: (-int(row["updates"]), -float(row["accuracy"])))
+    columns = ("accuracy_half", "accuracy", "accuracy_double", "accuracy_quadruple", "residual_quadruple", "spectral_radius")
+    print(f"| updates | variant | parameters | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 3)}")
+    for row in rows:
+        print(f"| {row['updates']} | {row['variant']} | {row['parameters']} | {' | '.join(row[column] for column in columns)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("cifar10"), help="folder with train/CLASS/*.png and test/CLASS/*.png")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help="only these")
+    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--test_images", type=int, default=2000, help="test images, spread over the classes")
+    parser.add_argument("--table", action="store_true", help="print the rows kept so far and stop")
+    options = parser.parse_args()
+    if options.table:
+        table()
+        return
+    torch.set_num_threads(1)
+    run = Run(options.updates, options.batch, options.rate, options.seed)
+    names = [name for name in options.variants or VARIANTS if (name, run) not in finished()]
+    if not names:
+        print("all have a row")
+        return
+    data = {split: read(options.data, split) for split in ("train", "test")}
+    stride = max(1, len(data["test"][1]) // options.test_images)
+    data["test"] = tuple(part[::stride] for part in data["test"])
+    for name in names:
+        row = train(name, run, data)
+        print(row, flush=True)
+        keep("image_study", [row])
+
+
+if __name__ == "__main__":
+    main()
