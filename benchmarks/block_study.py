@@ -15,10 +15,11 @@ import gzip
 import math
 import random
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from common import RESULTS, keep
@@ -26,22 +27,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional
 
-from revdeq_hf import RevDEQConfig, ReversibleFixedPoint
+from revdeq_hf import RevDEQConfig, ReversibleFixedPoint, diagnose
 from revdeq_hf.block_revdeq import RevDEQAttention, RevDEQGatedMLP
 from revdeq_hf.modeling_revdeq import RevDEQRotaryEmbedding
 
 WIDTH, HEADS, STEPS, BETA, HIDDEN = 128, 4, 4, 0.5, 384
-SEQUENCE, BATCH, VOCABULARY = 128, 16, 2048
+SEQUENCE, VOCABULARY = 128, 2048
 VALIDATION_TOKENS = 65_536
 FAN_IN = "fan_in"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One block. The defaults are those of the package before this study.
+    """One block. The defaults are those of the package before this study; what it has now is "u skip, output norm, zero outputs, state norm".
 
     Attributes:
-        inject: what the first layer's norm sees: "add", z + x; "gain", g z + x with a gain per channel; "mix", W[z; x]; "norms", norm(z) + norm(x).
+        inject: what the first layer's norm sees: "add", z + x; "gain", g z + x with a gain per channel; "mix", W[z; x]; "state_norm", norm(z) + x;
+            "norms", norm(z) + norm(x).
         skip: where the identity path comes from: "x", "z", "u" (what was injected), "none", or "between", a z + (1 - a) x with a in (0, `a_max`).
         mlp_sees: what is added to the input of the MLP's norm: "" (nothing), "x" or "z".
         init: standard deviation of the block's matrices; "fan_in": 1 / sqrt(inputs).
@@ -94,7 +96,18 @@ VARIANTS: dict[str, Variant] = {
     "x skip, output norm, zero outputs, two layers": Variant(layers=2, **ZERO),
     "x skip, output norm, zero outputs, gain": Variant(inject="gain", **ZERO),
     "x skip, output norm, zero outputs, norms": Variant(inject="norms", **ZERO),
+    "x skip, output norm, norms": Variant(inject="norms"),
     "x skip, output norm, zero outputs, mix": Variant(inject="mix", **ZERO),
+    "x skip, zero outputs, norms": Variant(out_norm=False, inject="norms", **ZERO),
+    "x skip, output norm, zero outputs, norms, half": Variant(inject="norms", gain=0.5, **ZERO),
+    "x skip, output norm, zero outputs, norms, sampled": Variant(inject="norms", sampled=(2, 8), **ZERO),
+    "u skip, output norm, zero outputs, norms": Variant(skip="u", inject="norms", **ZERO),
+    "u skip, output norm, zero outputs, state norm": Variant(skip="u", inject="state_norm", **ZERO),
+    "u skip, output norm, state norm": Variant(skip="u", inject="state_norm"),
+    "u skip, output norm, state norm, 0.02, zero outputs": Variant(skip="u", inject="state_norm", out_scale=0.0),
+    "u skip, output norm, zero outputs, state norm, sampled": Variant(skip="u", inject="state_norm", sampled=(2, 8), **ZERO),
+    "u skip, output norm, zero outputs, state norm, two layers": Variant(skip="u", inject="state_norm", layers=2, **ZERO),
+    "u skip, zero outputs, state norm": Variant(skip="u", inject="state_norm", out_norm=False, **ZERO),
     "x skip, output norm, sandwich, mix": Variant(inject="mix", sandwich=True),
     "x skip, output norm, sandwich, mix, fan-in": Variant(inject="mix", sandwich=True, init=FAN_IN),
     "u skip, output norm": Variant(skip="u"),
@@ -104,7 +117,7 @@ VARIANTS: dict[str, Variant] = {
     "x skip, output norm, zero outputs, sampled": Variant(sampled=(2, 8), **ZERO),
 }
 
-FINALISTS = ("explicit", "x skip, output norm, zero outputs, norms", "x skip", "explicit, zero outputs")
+FINALISTS = ("explicit", "u skip, output norm, zero outputs, state norm", "x skip, output norm, zero outputs, norms", "x skip")
 
 
 class HeadNorm(nn.Module):
@@ -162,8 +175,9 @@ class StudyBlock(nn.Module):
             nn.init.normal_(self.mix.weight, std=(2 * width) ** -0.5 if variant.init == FAN_IN else float(variant.init))
         elif variant.inject == "gain":
             self.gain = nn.Parameter(torch.full((width,), variant.gain))
-        elif variant.inject == "norms":
-            self.z_norm, self.x_norm = nn.RMSNorm(width, eps=config.norm_eps), nn.RMSNorm(width, eps=config.norm_eps)
+        elif variant.inject in ("norms", "state_norm"):
+            self.z_norm = nn.RMSNorm(width, eps=config.norm_eps)
+            self.x_norm = nn.RMSNorm(width, eps=config.norm_eps) if variant.inject == "norms" else nn.Identity()
             nn.init.constant_(self.z_norm.weight, variant.gain)
         if variant.skip == "between":
             self.between = nn.Parameter(torch.zeros(width))
@@ -174,7 +188,7 @@ class StudyBlock(nn.Module):
                 u = self.mix(torch.cat((z, x), dim=-1))
             case "gain":
                 u = self.gain * z + x
-            case "norms":
+            case "norms" | "state_norm":
                 u = self.z_norm(z) + self.x_norm(x)
             case _:
                 u = z + x
@@ -280,20 +294,20 @@ def sequences(ids: torch.Tensor) -> torch.Tensor:
     return ids[: (len(ids) - 1) // SEQUENCE * SEQUENCE + 1].unfold(0, SEQUENCE + 1, SEQUENCE)
 
 
-def batches(ids: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
+def batches(ids: torch.Tensor, batch: int, seed: int) -> Iterator[torch.Tensor]:
     """Shuffled batches without end."""
     rows, generator = sequences(ids), torch.Generator().manual_seed(seed)
     while True:
-        yield from (rows[index] for index in torch.randperm(len(rows), generator=generator).split(BATCH) if len(index) == BATCH)
+        yield from (rows[index] for index in torch.randperm(len(rows), generator=generator).split(batch) if len(index) == batch)
 
 
 @torch.no_grad()
 def evaluate(model: StudyModel, ids: torch.Tensor) -> dict[str, Any]:
-    """Losses at N/2, N, 2N and 4N steps, from one solve of 4N; residual at N; greatest value of the state and clamped evaluations."""
+    """Losses at N/2, N, 2N and 4N steps, from one solve of 4N; mean residual at N and 4N; greatest value of the state and clamped evaluations."""
     model.eval()
     losses: dict[int, float] = dict.fromkeys([STEPS // 2, STEPS, 2 * STEPS, 4 * STEPS], 0.0)
-    residual, largest, clamped = 0.0, 0.0, 0
-    parts = sequences(ids[: VALIDATION_TOKENS + 1]).split(BATCH)
+    residual, last_residual, largest, clamped = 0.0, 0.0, 0.0, 0
+    parts = sequences(ids[: VALIDATION_TOKENS + 1]).split(16)
     count = sum(len(part) for part in parts)
     for part in parts:
         inputs, labels = part[:, :-1], part[:, 1:]
@@ -304,34 +318,53 @@ def evaluate(model: StudyModel, ids: torch.Tensor) -> dict[str, Any]:
         for steps in losses:
             losses[steps] += model.loss(solution.trajectory[steps - 1], labels).item() * len(part) / count
         residual += solution.step_residuals[STEPS].sum().item() / count
+        last_residual += solution.step_residuals[-1].sum().item() / count
         largest, clamped = max(largest, hidden.abs().max().item()), clamped + int(solution.clamped.sum())
     looped = model.solve is not None
     names = ("loss_half", "loss", "loss_double", "loss_quadruple")
     found: dict[str, Any] = {
         name: round(value, 4) if looped or name == "loss" else "" for name, value in zip(names, losses.values(), strict=True)
     }
-    figures = {"residual": round(residual, 4), "state_max": round(largest, 2), "clamped": clamped}
+    figures = {
+        "residual": round(residual, 4),
+        "residual_quadruple": round(last_residual, 6),
+        "state_max": round(largest, 2),
+        "clamped": clamped,
+    }
     return {**found, **(figures if looped else dict.fromkeys(figures, ""))}
 
 
-def drift(model: StudyModel, rows: torch.Tensor) -> float | str:
-    """Drift of a reversible backward pass; empty without a loop."""
+def look(model: StudyModel, rows: torch.Tensor) -> dict[str, Any]:
+    """Spectral radius where a solve of 4N steps ends, greatest of some sequences, and drift of its reversible backward pass; empty without a loop."""
     if model.solve is None:
-        return ""
-    hidden, _ = model(rows[:, :-1], gradient="reversible")
-    model.loss(hidden, rows[:, 1:]).backward()
-    return model.solve.drift.item()
+        return {"spectral_radius": "", "drift": ""}
+    model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a radius above 1 need not converge
+        found = diagnose(model, rows[:8, :-1], max_steps=4 * STEPS, gradient="reversible")["solve"]
+    return {"spectral_radius": round(found.spectral_radius.max().item(), 3), "drift": found.drift}
 
 
-def train(name: str, updates: int, rate: float, seed: int, train_ids: torch.Tensor, validation_ids: torch.Tensor) -> dict[str, Any]:
+class Run(NamedTuple):
+    """Under which conditions a variant is trained."""
+
+    text: str
+    updates: int
+    batch: int
+    rate: float
+    seed: int
+
+
+def train(name: str, run: Run, train_ids: torch.Tensor, validation_ids: torch.Tensor) -> dict[str, Any]:
     """One run; returns its row."""
+    updates, rate, seed = run.updates, run.rate, run.seed
     variant = VARIANTS[name]
     model, hidden = build(variant, VOCABULARY, seed)
     groups = [[p for p in model.parameters() if (p.dim() > 1) == decayed] for decayed in (True, False)]
     optimizer = torch.optim.AdamW([dict(params=groups[0], weight_decay=0.1), dict(params=groups[1], weight_decay=0.0)], lr=rate)
     warm_up = max(1, updates // 20)
     draw = random.Random(seed)
-    source = batches(train_ids, seed)
+    source = batches(train_ids, run.batch, seed)
     began, recent = time.perf_counter(), []
     model.train()
     for update in range(updates):
@@ -353,6 +386,7 @@ def train(name: str, updates: int, rate: float, seed: int, train_ids: torch.Tens
             break
     seconds = time.perf_counter() - began
     return {
+        "text": run.text,
         "variant": name,
         "settings": variant.settings(),
         "parameters": model.parameters_without_embeddings(),
@@ -360,20 +394,27 @@ def train(name: str, updates: int, rate: float, seed: int, train_ids: torch.Tens
         "rate": rate,
         "seed": seed,
         "updates": updates,
-        "tokens": updates * BATCH * SEQUENCE,
+        "tokens": updates * run.batch * SEQUENCE,
         "train_loss": round(sum(recent[-50:]) / len(recent[-50:]), 4),
         **evaluate(model, validation_ids),
-        "drift": drift(model, rows),
+        **look(model, sequences(validation_ids)),
         "seconds": round(seconds),
     }
 
 
-def finished() -> set[tuple[str, int, float, int]]:
+def finished() -> set[tuple[str, Run]]:
     path = RESULTS / "block_study.csv"
     if not path.exists():
         return set()
     with path.open(encoding="utf-8", newline="") as file:
-        return {(row["variant"], int(row["updates"]), float(row["rate"]), int(row["seed"])) for row in csv.DictReader(file)}
+        return {
+            (
+                row["variant"],
+                Run(row["text"], int(updates), int(row["tokens"]) // int(updates) // SEQUENCE, float(row["rate"]), int(row["seed"])),
+            )
+            for row in csv.DictReader(file)
+            for updates in [row["updates"]]
+        }
 
 
 def table() -> None:
@@ -395,8 +436,9 @@ def main() -> None:
     parser.add_argument("--train_file", type=Path, help="another training text, .gz or plain")
     parser.add_argument("--validation_file", type=Path, help="its validation text")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help="only these, for --updates")
-    parser.add_argument("--updates", type=int, default=300, help="updates of 2,048 tokens for every variant")
+    parser.add_argument("--updates", type=int, default=300, help="updates for every variant")
     parser.add_argument("--final_updates", type=int, default=1200, help="updates for the finalists")
+    parser.add_argument("--batch", type=int, default=16, help=f"sequences of {SEQUENCE} tokens in an update")
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--list", action="store_true", help="print the variants and stop")
@@ -410,16 +452,18 @@ def main() -> None:
             print(f"{name}: {variant.settings() or 'the defaults'}")
         return
     torch.set_num_threads(1)
-    runs = [(name, options.updates) for name in options.variants or VARIANTS]
+    text = options.train_file.stem if options.train_file else "wikitext-2"
+    run = Run(text, options.updates, options.batch, options.rate, options.seed)
+    runs = [(name, run) for name in options.variants or VARIANTS]
     if options.variants is None:
-        runs += [(name, options.final_updates) for name in FINALISTS]
+        runs += [(name, run._replace(updates=options.final_updates)) for name in FINALISTS]
     ids: tuple[torch.Tensor, torch.Tensor] | None = None
-    for name, updates in runs:
-        if (name, updates, options.rate, options.seed) in finished():
-            print(f"{name}, {updates} updates: has a row")
+    for name, run in runs:
+        if (name, run) in finished():
+            print(f"{name}, {run}: has a row")
             continue
         ids = ids or read(options)
-        row = train(name, updates, options.rate, options.seed, *ids)
+        row = train(name, run, *ids)
         print(row, flush=True)
         keep("block_study", [row])
 
