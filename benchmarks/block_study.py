@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from common import RESULTS, keep
@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional
 
-from revdeq_hf import RevDEQConfig, ReversibleFixedPoint, diagnose
+from revdeq_hf import Diagnosis, RevDEQConfig, ReversibleFixedPoint, diagnose
 from revdeq_hf.block_revdeq import RevDEQAttention, RevDEQGatedMLP
 from revdeq_hf.modeling_revdeq import RevDEQRotaryEmbedding
 
@@ -104,6 +104,7 @@ VARIANTS: dict[str, Variant] = {
     "u skip, output norm, zero outputs, norms": Variant(skip="u", inject="norms", **ZERO),
     "u skip, output norm, zero outputs, state norm": Variant(skip="u", inject="state_norm", **ZERO),
     "u skip, output norm, state norm": Variant(skip="u", inject="state_norm"),
+    "u skip, output norm, state norm, fan-in, outputs a tenth": Variant(skip="u", inject="state_norm", init=FAN_IN, out_scale=0.1),
     "u skip, output norm, state norm, 0.02, zero outputs": Variant(skip="u", inject="state_norm", out_scale=0.0),
     "u skip, output norm, zero outputs, state norm, sampled": Variant(skip="u", inject="state_norm", sampled=(2, 8), **ZERO),
     "u skip, output norm, zero outputs, state norm, two layers": Variant(skip="u", inject="state_norm", layers=2, **ZERO),
@@ -341,7 +342,8 @@ def look(model: StudyModel, rows: torch.Tensor) -> dict[str, Any]:
     model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a radius above 1 need not converge
-        found = diagnose(model, rows[:8, :-1], max_steps=4 * STEPS, gradient="reversible")["solve"]
+        looks = diagnose(model, rows[:8, :-1], max_steps=4 * STEPS, gradient="reversible")
+    found = cast(dict[str, Diagnosis], looks)["solve"]
     return {"spectral_radius": round(found.spectral_radius.max().item(), 3), "drift": found.drift}
 
 

@@ -136,7 +136,7 @@ def main() -> None:
                         gradient="backprop",
                     )
                     model = RevDEQForCausalLM(config).to(device)
-                    if block == "modern":  # its output matrices start at 0, where no state matters: take a size of training instead
+                    if block == "modern":  # its output matrices start so small that states hardly matter: take a size of training instead
                         for parameter in model.model.solve.parameters():
                             if parameter.dim() == 2:
                                 torch.nn.init.normal_(parameter, std=0.05)

@@ -13,9 +13,10 @@ import csv
 import math
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from revdeq_hf import ReversibleFixedPoint, diagnose
+from revdeq_hf import Diagnosis, ReversibleFixedPoint, diagnose
 from revdeq_hf.modeling_revdeq_vision import RevDEQVisionDownsample
 
 SIZES, STEPS, BETA, GROUP = (32, 64), 2, 0.8, 16
@@ -130,13 +131,14 @@ class TupleBlock(nn.Module):
         )
 
     def forward(self, z: tuple[torch.Tensor, ...], x: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        normed = [block.z_norm(part) for block, part in zip(self.blocks, z, strict=True)]
+        blocks, across = cast(Iterable[StudyBlock], self.blocks), cast(list[list[nn.Module]], self.across)
+        normed = [block.z_norm(part) for block, part in zip(blocks, z, strict=True)]
         new = []
-        for index, (block, part) in enumerate(zip(self.blocks, z, strict=True)):
+        for index, (block, part) in enumerate(zip(blocks, z, strict=True)):
             own = x[index]
             for other, state in enumerate(normed):
                 if other != index:
-                    moved = self.across[index][other](state)
+                    moved = across[index][other](state)
                     own = own + functional.interpolate(moved, size=part.shape[-2:], mode="nearest" if other > index else "area")
             new.append(block(part, own))
         return tuple(new)
@@ -177,7 +179,7 @@ class StudyModel(nn.Module):
             if index:
                 h = self.downsamples[index - 1](h)
             if self.variant.explicit:
-                for block in stage:
+                for block in cast(nn.ModuleList, stage):
                     h = block(None, h)
             else:
                 solutions.append(stage(h, max_steps=max_steps))
@@ -199,7 +201,8 @@ def build(variant: Variant, classes: int, seed: int) -> StudyModel:
         while count(hidden, variant) > target * 1.03:
             hidden = [width - GROUP for width in hidden]
     torch.manual_seed(seed)
-    return StudyModel(variant, hidden, classes).to(memory_format=torch.channels_last)
+    model: Any = StudyModel(variant, hidden, classes)
+    return model.to(memory_format=torch.channels_last)
 
 
 def read(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -255,14 +258,15 @@ def evaluate(model: StudyModel, images: torch.Tensor, labels: torch.Tensor) -> d
     if looped:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            looks = diagnose(model, as_input(images[:8]), max_steps=4 * STEPS).values()
+            looks = cast(dict[str, Diagnosis], diagnose(model, as_input(images[:8]), max_steps=4 * STEPS)).values()
         found["spectral_radius"] = round(max(look.spectral_radius.max().item() for look in looks), 3)
-        for stage in model.stages:
+        stages = cast(list[ReversibleFixedPoint], list(model.stages))
+        for stage in stages:
             stage.gradient = "reversible"
         with torch.enable_grad():
             logits, _ = model(as_input(images[:8]))
             logits.sum().backward()
-        found["drift"] = max(stage.drift.item() for stage in model.stages)
+        found["drift"] = max(stage.drift.item() for stage in stages)
     return found
 
 
@@ -359,7 +363,7 @@ def main() -> None:
         return
     data = {split: read(options.data, split) for split in ("train", "test")}
     stride = max(1, len(data["test"][1]) // options.test_images)
-    data["test"] = tuple(part[::stride] for part in data["test"])
+    data["test"] = (data["test"][0][::stride], data["test"][1][::stride])
     for name in names:
         row = train(name, run, data)
         print(row, flush=True)

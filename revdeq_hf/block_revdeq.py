@@ -47,9 +47,9 @@ def eager_attention_forward(
 
 
 def _linear(inputs: int, outputs: int, bias: bool = False, ends_branch: bool = False) -> nn.Linear:
-    """A matrix that starts with `1/sqrt(inputs)`, or at 0 where it ends a branch (`RevDEQPreTrainedModel._init_weights`; not in the paper's block)."""
+    """A matrix that starts with `1/sqrt(inputs)`, a tenth of that where it ends a branch (`RevDEQPreTrainedModel._init_weights`; not in the paper's block)."""
     linear = nn.Linear(inputs, outputs, bias=bias)
-    linear.initial_std = 0.0 if ends_branch else inputs**-0.5  # type: ignore[assignment]
+    linear.initial_std = (0.1 if ends_branch else 1.0) * inputs**-0.5
     return linear
 
 

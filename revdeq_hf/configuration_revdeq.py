@@ -41,8 +41,9 @@ class RevDEQConfig(PreTrainedConfig):
             which holds the keys and values of the last evaluation: `2 * max_steps` times smaller, any `max_steps` per call on one cache, the
             same at the fixed point and an approximation before it (see docs/language_model.md).
         attention_dropout, hidden_dropout: dropout probabilities inside the block; one mask per solve.
-        initializer_range: standard deviation of the embeddings and the head. (The modern block's matrices start with `1/sqrt(inputs)`, those at the end
-            of its attention and MLP at 0. The paper's block: 1 for embeddings, uniform in `+-1/sqrt(inputs)` for linear layers, whatever this field says.)
+        initializer_range: standard deviation of the embeddings and the head. (The modern block's matrices start with `1/sqrt(inputs)`, those at
+            the end of its attention and MLP with a tenth of that. The paper's block: 1 for embeddings, uniform in `+-1/sqrt(inputs)` for linear
+            layers, whatever this field says.)
         norm_eps: added to variances.
         rope_parameters: rotary positions, as in other transformers models; the paper's block has none.
         tie_word_embeddings: whether the head shares the embedding's weights.

@@ -10,7 +10,6 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from .configuration_revdeq import RevDEQConfig
 from .steps_revdeq import check_steps
 
-
 # How a model drafts for itself, where nothing else is asked for. A draft of the same weights is wrong where few steps differ from all, not where it is
 # unsure, so no threshold ends it; its length follows what was accepted.
 DRAFTING = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic_transient", "assistant_confidence_threshold": 0.0}

@@ -69,7 +69,7 @@ def make_block(kind: str, **kwargs):
 
 @torch.no_grad()
 def awake(model: nn.Module, std: float = 0.08) -> nn.Module:
-    """Gives the matrices of a new language model's modern block a size, and returns the model: they start at 0 at their ends, where the loop does nothing."""
+    """Gives the matrices of a new language model's modern block a size, and returns the model: they start so small that its branches hardly say anything."""
     if model.config.block_type == "modern":
         for parameter in model.parameters():
             if parameter.dim() == 2:

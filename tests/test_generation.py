@@ -190,7 +190,8 @@ def test_how_long_drafts_are(settings, configured, first):
         setattr(model.generation_config, name, value)
     verified = []
     model.register_forward_pre_hook(
-        lambda module, given, named: verified.append(named["input_ids"].shape[1]) if named.get("max_steps") is None else None, with_kwargs=True
+        lambda module, given, named: verified.append(named["input_ids"].shape[1]) if named.get("max_steps") is None else None,
+        with_kwargs=True,
     )
     model.generate(IDS[:1], draft_max_steps=2, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None, **settings)
     assert verified[0] == IDS.shape[1] + first
