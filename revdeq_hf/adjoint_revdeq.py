@@ -82,7 +82,12 @@ def set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
 
 
 def memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    """channels_last where the tensor is laid out so (and not contiguous as well): the states of a solve keep to it."""
+    """channels_last where a tensor on an accelerator is laid out so (and not contiguous as well): the states of a solve keep to it.
+
+    Not on the CPU: there torch 2.13's GroupNorm, given channels_last values that need no gradient, crashes the process in its backward pass.
+    """
+    if tensor.device.type == "cpu":
+        return torch.contiguous_format
     for dims, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if tensor.dim() == dims and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form):
             return form

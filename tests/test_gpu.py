@@ -5,7 +5,7 @@ import torch
 from conftest import awake
 from test_layer import run
 
-from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -64,3 +64,16 @@ def test_offloaded_and_compiled_static_caches_write_what_no_cache_writes(cache, 
     settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
     plain = model.generate(ids, use_cache=False, **settings)
     assert torch.equal(model.generate(ids, cache_implementation=cache, **settings), plain)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+def test_channels_last_reaches_every_evaluation(gradient):
+    config = RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[2, 1], max_steps=3, num_labels=5, group_width=8, gradient=gradient)
+    model = RevDEQForImageClassification(config).cuda().to(memory_format=torch.channels_last)
+    seen: list[torch.Tensor] = []
+    for stage in model.model.stages:
+        stage.block.register_forward_pre_hook(lambda block, given: seen.extend(given))
+    model(torch.randn(4, 3, 16, 16, device="cuda").to(memory_format=torch.channels_last)).logits.sum().backward()
+    assert len(seen) >= 2 * 6 * 2
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in seen)
+    assert all(stage.drift == 0 for stage in model.model.stages)

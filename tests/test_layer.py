@@ -546,3 +546,29 @@ def test_an_empty_batch_passes_through():
     solution.z.sum().backward()
     assert solution.z.shape == (0, 4)
     assert repr(solution) == "FixedPointSolution(batch=0)"
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "implicit", "phantom"])
+def test_a_channels_last_state_may_be_normalised_first(gradient):
+    """torch's GroupNorm crashes the process where such an input needs no gradient, as the start state does not by itself."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, z, x):
+            return 0.1 * self.conv(self.norm(z)) + x
+
+    torch.manual_seed(0)
+    block = Block()
+    x = torch.randn(3, 8, 5, 7)
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        block.zero_grad()
+        part = x.clone(memory_format=layout).requires_grad_()
+        layer = ReversibleFixedPoint(block.to(memory_format=layout), max_steps=3, gradient=gradient)
+        layer(part).z.square().sum().backward()
+        gradients.append([part.grad, *(parameter.grad for parameter in block.parameters())])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

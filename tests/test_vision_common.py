@@ -159,20 +159,15 @@ def test_a_saved_image_processor_is_found_without_torchvision(tmp_path):
 
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
 def test_channels_last_is_kept(gradient):
-    """Maps of the stages, and the states inside their solves, lie as the images do, and say the same."""
+    """Maps of the stages lie as the images do, and say the same. (Inside a solve on an accelerator: tests/test_gpu.py.)"""
     model = make(RevDEQForImageClassification, SEVERAL, gradient=gradient)
     expected = model(IMAGES).logits
     model = model.to(memory_format=torch.channels_last)
-    seen = []
-    for stage in model.model.stages:
-        stage.block.register_forward_pre_hook(lambda block, given: seen.extend(given))
     out = model(IMAGES.to(memory_format=torch.channels_last), output_hidden_states=True)
     assert all(state.is_contiguous(memory_format=torch.channels_last) for state in out.hidden_states)
     torch.testing.assert_close(out.logits, expected, rtol=0, atol=1e-5)
     out.logits.sum().backward()
     assert all(stage.drift == 0 for stage in model.model.stages)
-    assert len(seen) >= 2 * 2 * 2 * len(model.model.stages)
-    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in seen)
 
 
 @NETWORKS
