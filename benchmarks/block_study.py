@@ -39,7 +39,8 @@ FAN_IN = "fan_in"
 
 @dataclass(frozen=True)
 class Variant:
-    """One block. The defaults are those of the package before this study; what it has now is "u skip, output norm, zero outputs, state norm".
+    """One block. The defaults are those of the package before this study; what it has now is
+    "u skip, output norm, state norm, fan-in, outputs a tenth".
 
     Attributes:
         inject: what the first layer's norm sees: "add", z + x; "gain", g z + x with a gain per channel; "mix", W[z; x]; "state_norm", norm(z) + x;
@@ -118,7 +119,7 @@ VARIANTS: dict[str, Variant] = {
     "x skip, output norm, zero outputs, sampled": Variant(sampled=(2, 8), **ZERO),
 }
 
-FINALISTS = ("explicit", "u skip, output norm, zero outputs, state norm", "x skip, output norm, zero outputs, norms", "x skip")
+FINALISTS = ("explicit", "u skip, output norm, state norm, fan-in, outputs a tenth", "x skip, output norm, zero outputs, norms", "x skip")
 
 
 class HeadNorm(nn.Module):
