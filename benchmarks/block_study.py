@@ -10,11 +10,8 @@ per finished run; runs that have a row are skipped, so the command can be stoppe
 """
 
 import argparse
-import csv
 import gzip
-import math
 import random
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -22,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from common import RESULTS, keep
+from common import fit, keep, kept
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional
@@ -349,87 +346,61 @@ def look(model: StudyModel, rows: torch.Tensor) -> dict[str, Any]:
 
 
 class Run(NamedTuple):
-    """Under which conditions a variant is trained."""
+    """Under which conditions a variant is trained; the columns that tell whether it has a row."""
 
     text: str
-    updates: int
-    batch: int
+    variant: str
     rate: float
     seed: int
+    updates: int
+    tokens: int
 
 
-def train(name: str, run: Run, train_ids: torch.Tensor, validation_ids: torch.Tensor) -> dict[str, Any]:
+def train(run: Run, train_ids: torch.Tensor, validation_ids: torch.Tensor) -> dict[str, Any]:
     """One run; returns its row."""
-    updates, rate, seed = run.updates, run.rate, run.seed
-    variant = VARIANTS[name]
-    model, hidden = build(variant, VOCABULARY, seed)
-    groups = [[p for p in model.parameters() if (p.dim() > 1) == decayed] for decayed in (True, False)]
-    optimizer = torch.optim.AdamW([dict(params=groups[0], weight_decay=0.1), dict(params=groups[1], weight_decay=0.0)], lr=rate)
-    warm_up = max(1, updates // 20)
-    draw = random.Random(seed)
-    source = batches(train_ids, run.batch, seed)
-    began, recent = time.perf_counter(), []
-    model.train()
-    for update in range(updates):
-        share = (update + 1) / warm_up if update < warm_up else 0.5 * (1 + math.cos(math.pi * (update - warm_up) / (updates - warm_up)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * share
+    variant = VARIANTS[run.variant]
+    model, hidden = build(variant, VOCABULARY, run.seed)
+    draw = random.Random(run.seed)
+    source = batches(train_ids, run.tokens // run.updates // SEQUENCE, run.seed)
+
+    def next_loss() -> torch.Tensor:
         rows = next(source)
         solver = {} if variant.sampled is None else dict(max_steps=draw.randint(*variant.sampled))
         states, _ = model(rows[:, :-1], **solver)
-        loss = model.loss(states, rows[:, 1:])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        recent.append(loss.item())
-        if (update + 1) % 50 == 0:
-            print(f"{name}: {update + 1} {sum(recent[-50:]) / 50:.3f} ({time.perf_counter() - began:.0f} s)", flush=True)
-        if not math.isfinite(recent[-1]):
-            break
-    seconds = time.perf_counter() - began
+        return model.loss(states, rows[:, 1:])
+
+    loss, seconds = fit(run.variant, model, next_loss, run.updates, run.rate, weight_decay=0.1, warm_up=max(1, run.updates // 20))
     return {
         "text": run.text,
-        "variant": name,
+        "variant": run.variant,
         "settings": variant.settings(),
         "parameters": model.parameters_without_embeddings(),
         "mlp_width": hidden,
-        "rate": rate,
-        "seed": seed,
-        "updates": updates,
-        "tokens": updates * run.batch * SEQUENCE,
-        "train_loss": round(sum(recent[-50:]) / len(recent[-50:]), 4),
+        "rate": run.rate,
+        "seed": run.seed,
+        "updates": run.updates,
+        "tokens": run.tokens,
+        "train_loss": loss,
         **evaluate(model, validation_ids),
         **look(model, sequences(validation_ids)),
-        "seconds": round(seconds),
+        "seconds": seconds,
     }
 
 
-def finished() -> set[tuple[str, Run]]:
-    path = RESULTS / "block_study.csv"
-    if not path.exists():
-        return set()
-    with path.open(encoding="utf-8", newline="") as file:
-        return {
-            (
-                row["variant"],
-                Run(row["text"], int(updates), int(row["tokens"]) // int(updates) // SEQUENCE, float(row["rate"]), int(row["seed"])),
-            )
-            for row in csv.DictReader(file)
-            for updates in [row["updates"]]
-        }
+def finished() -> set[tuple[str, ...]]:
+    return {tuple(row[column] for column in Run._fields) for row in kept("block_study")}
 
 
 def table() -> None:
-    """Prints the rows as Markdown, best first for each number of updates and rate."""
-    with (RESULTS / "block_study.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    rows.sort(key=lambda row: (-int(row["updates"]), -float(row["rate"]), float(row["loss"])))
-    print("| updates | rate | variant | N/2 | N | 2N | 4N | residual at N |\n|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        columns = ("loss_half", "loss", "loss_double", "loss_quadruple", "residual")
-        figures = (f"{float(row[column]):.3f}" if row[column] else "" for column in columns)
-        print(f"| {row['updates']} | {row['rate']} | {row['variant']} | {' | '.join(figures)} |")
+    """Prints the rows of each text as Markdown, those of the most updates first, then by rate and loss."""
+    columns = dict(loss_half=3, loss=3, loss_double=3, loss_quadruple=3, residual=3, residual_quadruple=4, spectral_radius=2)
+    rows = sorted(kept("block_study"), key=lambda row: (-int(row["updates"]), float(row["rate"]), float(row["loss"])))
+    for text in dict.fromkeys(row["text"] for row in kept("block_study")):
+        print(f"\n{text}\n\n| variant | rate | updates | N/2 | N | 2N | 4N | residual at N | at 4N | radius |\n|{'---|' * 10}")
+        for row in rows:
+            if row["text"] == text:
+                figures = (f"{float(row[column]):.{digits}f}" if row[column] else "" for column, digits in columns.items())
+                print(f"| {row['variant']} | {row['rate']} | {row['updates']} | {' | '.join(figures)} |")
 
 
 def main() -> None:
@@ -456,17 +427,17 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     text = options.train_file.stem if options.train_file else "wikitext-2"
-    run = Run(text, options.updates, options.batch, options.rate, options.seed)
-    runs = [(name, run) for name in options.variants or VARIANTS]
+    wanted = [(name, options.updates) for name in options.variants or VARIANTS]
     if options.variants is None:
-        runs += [(name, run._replace(updates=options.final_updates)) for name in FINALISTS]
+        wanted += [(name, options.final_updates) for name in FINALISTS]
     ids: tuple[torch.Tensor, torch.Tensor] | None = None
-    for name, run in runs:
-        if (name, run) in finished():
-            print(f"{name}, {run}: has a row")
+    for name, updates in wanted:
+        run = Run(text, name, options.rate, options.seed, updates, updates * options.batch * SEQUENCE)
+        if tuple(map(str, run)) in finished():
+            print(f"{run}: has a row")
             continue
         ids = ids or read(options)
-        row = train(name, run, *ids)
+        row = train(run, *ids)
         print(row, flush=True)
         keep("block_study", [row])
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: where they ran, and how rows are kept."""
 
 import csv
+import math
 import platform
 import statistics
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from revdeq_hf import RevDEQConfig
 from revdeq_hf.block_revdeq import RevDEQTransformerBlock
@@ -50,6 +52,43 @@ def keep(name: str, rows: list[dict[str, Any]]) -> Path:
             writer.writeheader()
         writer.writerows({**environment(), **row} for row in rows)
     return path
+
+
+def kept(name: str) -> list[dict[str, str]]:
+    """The rows of results/NAME.csv; none where there is no such file."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fit(
+    name: str, model: nn.Module, next_loss: Callable[[], torch.Tensor], updates: int, rate: float, weight_decay: float, warm_up: int
+) -> tuple[float, float]:
+    """Trains with AdamW (vectors are not decayed), a linear warm-up of so many updates, a cosine to 0, and gradients clipped at 1.
+
+    Stops where the loss is not finite. Returns the mean loss of the last 50 updates and the seconds of training.
+    """
+    groups = [[p for p in model.parameters() if (p.dim() > 1) == decayed] for decayed in (True, False)]
+    optimizer = torch.optim.AdamW([dict(params=groups[0], weight_decay=weight_decay), dict(params=groups[1], weight_decay=0.0)], lr=rate)
+    began, losses = time.perf_counter(), []
+    model.train()
+    for update in range(updates):
+        share = (update + 1) / warm_up if update < warm_up else 0.5 * (1 + math.cos(math.pi * (update - warm_up) / (updates - warm_up)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * share
+        loss = next_loss()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (update + 1) % 50 == 0:
+            print(f"{name}: {update + 1} {sum(losses[-50:]) / 50:.3f} ({time.perf_counter() - began:.0f} s)", flush=True)
+        if not math.isfinite(losses[-1]):
+            break
+    return round(sum(losses[-50:]) / len(losses[-50:]), 4), round(time.perf_counter() - began)
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:

@@ -9,9 +9,6 @@ A row is kept per finished run; runs that have a row are skipped.
 """
 
 import argparse
-import csv
-import math
-import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -20,7 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from common import RESULTS, keep
+from common import fit, keep, kept
 from PIL import Image
 from torch import nn
 from torch.nn import functional
@@ -271,74 +268,57 @@ def evaluate(model: StudyModel, images: torch.Tensor, labels: torch.Tensor) -> d
 
 
 class Run(NamedTuple):
-    """Under which conditions a variant is trained."""
+    """Under which conditions a variant is trained; the columns that tell whether it has a row."""
 
-    updates: int
-    batch: int
+    variant: str
     rate: float
     seed: int
+    updates: int
+    batch: int
 
 
-def train(name: str, run: Run, data: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+def train(run: Run, data: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
     """One run; returns its row."""
-    (images, labels), (test_images, test_labels) = data["train"], data["test"]
-    variant = VARIANTS[name]
+    images, labels = data["train"]
+    variant = VARIANTS[run.variant]
     model = build(variant, int(labels.max()) + 1, run.seed)
-    groups = [[p for p in model.parameters() if (p.dim() > 1) == decayed] for decayed in (True, False)]
-    optimizer = torch.optim.AdamW([dict(params=groups[0], weight_decay=0.05), dict(params=groups[1], weight_decay=0.0)], lr=run.rate)
     generator = torch.Generator().manual_seed(run.seed)
-    warm_up, began, recent, order = max(1, run.updates // 10), time.perf_counter(), [], torch.empty(0, dtype=torch.int64)
-    model.train()
-    for update in range(run.updates):
-        share = (update + 1) / warm_up if update < warm_up else 0.5 * (1 + math.cos(math.pi * (update - warm_up) / (run.updates - warm_up)))
-        for group in optimizer.param_groups:
-            group["lr"] = run.rate * share
+    order = torch.empty(0, dtype=torch.int64)
+
+    def next_loss() -> torch.Tensor:
+        nonlocal order
         if len(order) < run.batch:
             order = torch.randperm(len(labels), generator=generator)
         rows, order = order[: run.batch], order[run.batch :]
         logits, _ = model(as_input(augmented(images[rows], generator)))
-        loss = functional.cross_entropy(logits, labels[rows])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        recent.append(loss.item())
-        if (update + 1) % 50 == 0:
-            print(f"{name}: {update + 1} {sum(recent[-50:]) / 50:.3f} ({time.perf_counter() - began:.0f} s)", flush=True)
-    seconds = time.perf_counter() - began
+        return functional.cross_entropy(logits, labels[rows])
+
+    loss, seconds = fit(run.variant, model, next_loss, run.updates, run.rate, weight_decay=0.05, warm_up=max(1, run.updates // 10))
     return {
-        "variant": name,
+        "variant": run.variant,
         "settings": variant.settings(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "rate": run.rate,
         "seed": run.seed,
         "updates": run.updates,
         "batch": run.batch,
-        "train_loss": round(sum(recent[-50:]) / len(recent[-50:]), 4),
-        **evaluate(model, test_images, test_labels),
-        "seconds": round(seconds),
+        "train_loss": loss,
+        **evaluate(model, *data["test"]),
+        "seconds": seconds,
     }
 
 
-def finished() -> set[tuple[str, Run]]:
-    path = RESULTS / "image_study.csv"
-    if not path.exists():
-        return set()
-    with path.open(encoding="utf-8", newline="") as file:
-        return {
-            (row["variant"], Run(int(row["updates"]), int(row["batch"]), float(row["rate"]), int(row["seed"])))
-            for row in csv.DictReader(file)
-        }
-
-
 def table() -> None:
-    """Prints the rows as Markdown, best first."""
-    with (RESULTS / "image_study.csv").open(encoding="utf-8", newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: (-int(row["updates"]), -float(row["accuracy"])))
-    columns = ("accuracy_half", "accuracy", "accuracy_double", "accuracy_quadruple", "residual_quadruple", "spectral_radius")
-    print(f"| updates | variant | parameters | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 3)}")
-    for row in rows:
-        print(f"| {row['updates']} | {row['variant']} | {row['parameters']} | {' | '.join(row[column] for column in columns)} |")
+    """Prints the rows as Markdown, those of the most updates first, then by accuracy."""
+    print(f"| updates | block | parameters | N/2 | N | 2N | 4N | residual at 4N | radius |\n|{'---|' * 9}")
+    for row in sorted(kept("image_study"), key=lambda row: (-int(row["updates"]), -float(row["accuracy"]))):
+        accuracies = (
+            row[name] and f"{float(row[name]):.1%}" for name in ("accuracy_half", "accuracy", "accuracy_double", "accuracy_quadruple")
+        )
+        residual = row["residual_quadruple"] and f"{float(row['residual_quadruple']):.4f}"
+        print(
+            f"| {row['updates']} | {row['variant']} | {row['parameters']} | {' | '.join(accuracies)} | {residual} | {row['spectral_radius']} |"
+        )
 
 
 def main() -> None:
@@ -356,16 +336,17 @@ def main() -> None:
         table()
         return
     torch.set_num_threads(1)
-    run = Run(options.updates, options.batch, options.rate, options.seed)
-    names = [name for name in options.variants or VARIANTS if (name, run) not in finished()]
-    if not names:
+    finished = {tuple(row[column] for column in Run._fields) for row in kept("image_study")}
+    runs = [Run(name, options.rate, options.seed, options.updates, options.batch) for name in options.variants or VARIANTS]
+    runs = [run for run in runs if tuple(map(str, run)) not in finished]
+    if not runs:
         print("all have a row")
         return
     data = {split: read(options.data, split) for split in ("train", "test")}
     stride = max(1, len(data["test"][1]) // options.test_images)
     data["test"] = (data["test"][0][::stride], data["test"][1][::stride])
-    for name in names:
-        row = train(name, run, data)
+    for run in runs:
+        row = train(run, data)
         print(row, flush=True)
         keep("image_study", [row])
 

@@ -4,7 +4,7 @@
 import copy
 import functools
 
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 
 from .configuration_revdeq import RevDEQConfig
@@ -19,6 +19,7 @@ class RevDEQGenerationMixin(GenerationMixin):
     """`generate` with `max_steps` and `draft_max_steps`; everything else is transformers'."""
 
     config: RevDEQConfig
+    generation_config: GenerationConfig
 
     def generate(self, inputs=None, generation_config=None, *args, draft_max_steps: int | None = None, **kwargs):
         """transformers' `generate`, and
@@ -29,7 +30,8 @@ class RevDEQGenerationMixin(GenerationMixin):
                 verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution). Drafts begin with
                 5 tokens, 2 more after each that was accepted whole, 1 less after others; `num_assistant_tokens`, `num_assistant_tokens_schedule` and
                 `assistant_confidence_threshold`, here or in the generation config, change that. As all assisted decoding in transformers it takes one
-                sequence at a time and a dynamic cache. Same as `assistant_early_exit`, whose exits are steps here.
+                sequence at a time and a dynamic cache. `assistant_early_exit`, whose exits are steps here, does the
+                same with transformers' own defaults for the drafts.
 
         Raises:
             ValueError: `draft_max_steps` is not below the steps of a full solve; or what transformers' `generate` raises.
@@ -54,21 +56,20 @@ class RevDEQGenerationMixin(GenerationMixin):
         # transformers' own early exit changes the config while it drafts, and not at all where max_steps is given in the call
         generation_config = copy.deepcopy(generation_config)
         generation_config.assistant_early_exit = None
-        drafts = AssistedCandidateGenerator(
-            input_ids=input_ids,
-            assistant_model=self,
-            generation_config=generation_config,
-            model_kwargs={**model_kwargs, "max_steps": steps},
-            inputs_tensor=inputs_tensor,
-            logits_processor=logits_processor,
-        )
-        # it has asked the model's own generation config; this call's counts
-        for name in DRAFTING:
-            setattr(drafts.assistant_generation_config, name, getattr(generation_config, name))
-        drafts.num_assistant_tokens = generation_config.num_assistant_tokens
-        drafts.assistant_confidence_threshold = generation_config.assistant_confidence_threshold
-        drafts.generation_config.assistant_confidence_threshold = generation_config.assistant_confidence_threshold
-        return drafts
+        # how long drafts are it asks the assistant's generation config: show it that of this call
+        own = self.generation_config
+        self.generation_config = generation_config
+        try:
+            return AssistedCandidateGenerator(
+                input_ids=input_ids,
+                assistant_model=self,
+                generation_config=generation_config,
+                model_kwargs={**model_kwargs, "max_steps": steps},
+                inputs_tensor=inputs_tensor,
+                logits_processor=logits_processor,
+            )
+        finally:
+            self.generation_config = own
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers looks at its signature
     def prepare_inputs_for_generation(self, *args, **kwargs):

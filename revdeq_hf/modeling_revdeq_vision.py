@@ -316,6 +316,8 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
         torch.Size([2, 5])
 
         ```"""
+        if labels is not None and pixel_values is not None:
+            self._check_labels(labels, len(pixel_values))
         outputs: RevDEQVisionModelOutput = self.model(
             pixel_values,
             max_steps=max_steps,
@@ -326,7 +328,6 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
         logits = self.classifier(outputs.pooler_output.flatten(1))
         loss = None
         if labels is not None:
-            self._check_labels(labels, len(logits))
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return RevDEQImageClassifierOutput(
             loss=loss,

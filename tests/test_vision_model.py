@@ -311,8 +311,10 @@ def test_bad_steps_are_told(steps, message):
     ],
 )
 def test_bad_labels_are_told(problem, labels, message):
+    model = small(problem_type=problem)
     with pytest.raises(ValueError, match=message):
-        small(problem_type=problem)(IMAGES, labels=labels)
+        model(IMAGES, labels=labels)
+    assert model.model.stem[1].num_batches_tracked == 0  # told before anything was done
 
 
 def test_bad_labels_of_a_regression_are_told():
