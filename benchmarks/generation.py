@@ -1,5 +1,6 @@
 """Generation with a trained language model: what a shared cache costs in quality and saves in memory, and what drafting with few steps gains.
 
+- `steps`: perplexity of the text after other numbers of steps than in training, and the share of tokens whose residual is below 1e-3 then.
 - `cache`: the text is read token by token (teacher forcing), so that every token attends to what the cache kept of its predecessors. Perplexity
   per token with one slot per evaluation (equal to the forward pass over the whole text, which is checked) and with shared slots, and the cache's bytes.
 - `draft`: greedy decoding with `draft_max_steps=k` against plain greedy decoding of the same prompts: whether the tokens are the same, tokens per
@@ -20,6 +21,30 @@ from common import interleaved, keep, median
 from transformers import AutoTokenizer, DynamicCache
 
 from revdeq_hf import RevDEQForCausalLM
+
+COLUMNS = (
+    *("what", "setting", "steps", "tokens", "perplexity", "settled", "cache_bytes", "differs_by"),
+    *("same_text", "tokens_per_verification", "evaluations_per_token", "time_ratio"),
+)
+
+
+@torch.no_grad()
+def step_rows(model: Any, ids: torch.Tensor, counts: list[int]) -> list[dict[str, Any]]:
+    """ids (batch, length); one row for each number of steps."""
+    rows = []
+    for steps in counts:
+        out = model(ids, labels=ids, max_steps=steps, output_solver_stats=True, use_cache=False)
+        settled = (out.solver_residual < 1e-3).float().mean().item()
+        rows.append(
+            {
+                "what": "steps",
+                "steps": steps,
+                "tokens": ids.numel(),
+                "perplexity": round(math.exp(out.loss.item()), 3),
+                "settled": round(settled, 3),
+            }
+        )
+    return rows
 
 
 def cache_rows(model: Any, ids: torch.Tensor, steps: int) -> list[dict[str, Any]]:
@@ -47,10 +72,6 @@ def cache_rows(model: Any, ids: torch.Tensor, steps: int) -> list[dict[str, Any]
                     "perplexity": round(math.exp(loss), 3),
                     "cache_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers),
                     "differs_by": f"{(logits - whole).abs().max().item():.1e}",
-                    "same_text": "",
-                    "tokens_per_verification": "",
-                    "evaluations_per_token": "",
-                    "time_ratio": "",
                 }
             )
     return rows
@@ -84,9 +105,6 @@ def draft_rows(model: Any, prompts: list[torch.Tensor], steps: int, new_tokens: 
                 "setting": "plain" if draft is None else f"draft of {draft}",
                 "steps": steps,
                 "tokens": written,
-                "perplexity": "",
-                "cache_bytes": "",
-                "differs_by": "",
                 "same_text": all(torch.equal(a, b) for a, b in zip(texts, reference, strict=True)),
                 "tokens_per_verification": round(written / verifications, 3),
                 # calls in sequence, whatever number of tokens they take at once: what decoding waits for
@@ -116,17 +134,19 @@ def main() -> None:
         raise ValueError(f"--text must hold {options.batch * options.length} tokens (batch x length), got {len(ids)}")
     batch = ids[: options.batch * options.length].view(options.batch, options.length)
     trained = model.config.max_steps
-    rows = [row for steps in (trained, 2 * trained, 4 * trained) for row in cache_rows(model, batch, steps)]
+    rows = step_rows(model, batch, [1, 2, trained, 2 * trained, 4 * trained, 12 * trained])
+    rows += [row for steps in (trained, 2 * trained, 4 * trained) for row in cache_rows(model, batch, steps)]
     prompts = [batch[row % len(batch) : row % len(batch) + 1, :32] for row in range(options.prompts)]
     for steps in (trained, 2 * trained):
         if steps > 1:
             rows += draft_rows(model, prompts, steps, options.new_tokens, options.repeats)
+    description = f"{model.config.block_type} {model.config.hidden_size}, trained at {trained} steps"
     for row in rows:
-        print({key: value for key, value in row.items() if value != ""})
+        print(row)
     print(
         keep(
             "generation",
-            [{"model": f"{model.config.block_type} {model.config.hidden_size}, trained at {trained} steps", **row} for row in rows],
+            [{"model": description, **dict.fromkeys(COLUMNS, ""), **row} for row in rows],
         )
     )
 
