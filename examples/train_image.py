@@ -32,11 +32,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import datasets
 import evaluate
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from image_augmentation import Augmentation, soft_cross_entropy
 from image_data import KEPT_BYTES, DataArguments, ImageCollator, Pixels, converted, decode, is_grey, load_images, readable_images, spread
 from image_report import plot_evaluation, plot_fixed_point, probabilities, scores
@@ -58,9 +58,9 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
+from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
 from revdeq_hf.training import (
     RevDEQCallback,
-    checkpoint_to_resume,
     fixed_point_layers,
     peak_memory,
     plot_training,
@@ -295,7 +295,7 @@ class TimeLimit(TrainerCallback, ExportableState):
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:  # before the scheduler's step
         clock = torch.tensor(time.perf_counter() - self.began, device=args.device)
-        self.seconds = float(accelerate.utils.broadcast(clock))
+        self.seconds = float(broadcast(clock))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.share >= 1:
@@ -318,7 +318,7 @@ def one_cycle(update: int, warmup: int, updates: int) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
 
 
-class ImageTrainer(Trainer):
+class ImageTrainer(ResumableTrainer):
     """Trainer whose training batches alone are augmented, with soft labels, averaged weights, a time limit and the schedule that follows it."""
 
     data_collator: Any
@@ -482,8 +482,12 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
 
-    before = trainer.evaluate(metric_key_prefix="before") if resume is None else {}
+    # not by evaluate before train: on several ranks accelerate 1.15 takes a model so evaluated for prepared, and trains it without exchanging gradients
+    training.eval_on_start = resume is None
     trained = trainer.train(resume_from_checkpoint=resume)
+    before: dict = next((entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry), {})
+    if trainer.is_fsdp_enabled:  # whole weights at the end, whatever the checkpoints hold
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     predicted = trainer.predict(evaluation, metric_key_prefix="eval")
     trainer.log(predicted.metrics)
@@ -498,9 +502,9 @@ def main(arguments: list[str] | None = None) -> dict:
         "eval_images": len(evaluation),
         "unreadable_images": skipped + skipped_eval,
         "updates": trainer.state.global_step,
-        "loss_before": before.get("before_loss"),
+        "loss_before": before.get("eval_loss"),
         "loss": predicted.metrics["eval_loss"],
-        "accuracy_before": before.get("before_accuracy"),
+        "accuracy_before": before.get("eval_accuracy"),
         **found,
         "stages": stage_figures(model, predicted.predictions),
         "greatest_drift": max(drifts) if drifts else None,
@@ -528,6 +532,8 @@ def report(results: dict, trainer: Trainer, pixels: Pixels, evaluation: datasets
     folder = Path(trainer.args.output_dir)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:  # one rank alone cannot run a model in shards
+        model = AutoModelForImageClassification.from_pretrained(folder).to(trainer.args.device)
     logits, labels = logits_of(predicted.predictions), predicted.label_ids
 
     wrong = np.flatnonzero(logits.argmax(-1) != labels)

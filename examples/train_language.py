@@ -10,17 +10,23 @@ Any data set of the Hub, or local files, take its place (`--help` lists every fl
     python examples/train_language.py --dataset_name Salesforce/wikitext --dataset_config wikitext-103-raw-v1 --tokenizer_name gpt2
     python examples/train_language.py --train_file train.txt --validation_file valid.txt --test_file test.txt
 
+    python examples/train_language.py --dataset_name HuggingFaceFW/fineweb --streaming true --documents true --tokenizer_name gpt2 --max_steps 100000
+
 The output folder holds the model, the tokenizer, `results.json` and `training.png`. An interrupted run goes on with
-`--resume_from_checkpoint true`.
+`--resume_from_checkpoint true`. docs/training.md leads from one process to many.
 """
 
+import copy
 import hashlib
+import itertools
 import json
+import random
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     HfArgumentParser,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -41,10 +48,10 @@ from transformers import (
 )
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
+from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
 from revdeq_hf.training import (
     RevDEQCallback,
     TextScores,
-    checkpoint_to_resume,
     fixed_point_layers,
     peak_memory,
     plot_training,
@@ -56,6 +63,8 @@ from revdeq_hf.training import (
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation", "test")
+STREAM_ROWS = 10_000  # rows of a stream from which a tokenizer is trained and tokens are counted
+STREAM_VALIDATION_ROWS = 1_000  # rows to validate on where a stream has no such split
 
 
 @dataclass
@@ -98,6 +107,26 @@ class DataArguments:
     tokenizer_name: str | None = field(default=None, metadata={"help": "A saved tokenizer; by default a byte-level BPE is trained."})
     vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer trained here."})
     block_size: int = field(default=256, metadata={"help": "Tokens of a training sequence."})
+    pack: bool = field(
+        default=True,
+        metadata={
+            "help": "Cut sequences from the concatenated rows; false: each row is its own sequence (several if longer), padded per batch; "
+            "--train_sampling_strategy group_by_length then puts rows of like length together."
+        },
+    )
+    documents: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Rows are whole documents, each ended by the end-of-text token; default: only of the built-in corpus, or with --pack false."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read, tokenise and pack the training split while training, without storing it; needs --max_steps, starts anew at its end."
+        },
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Sequences of a stream held at once, from which they are drawn."})
     max_train_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows of the training split."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows of the other splits."})
     preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes for tokenising."})
@@ -138,8 +167,8 @@ def standard_library_rows(split: str, version: str, folder: str) -> Iterator[dic
             yield {"text": text, "path": "/".join(parts)}
 
 
-def load_text(data: DataArguments) -> datasets.DatasetDict:
-    """The three splits as rows of text.
+def load_text(data: DataArguments) -> tuple[datasets.DatasetDict, datasets.IterableDataset | None]:
+    """The three splits as rows of text. With --streaming the training split holds the first rows only, and the stream of all of them comes too.
 
     Raises:
         FileNotFoundError: a named file is missing.
@@ -151,25 +180,29 @@ def load_text(data: DataArguments) -> datasets.DatasetDict:
     if files and "train" not in files:
         raise ValueError(f"--train_file is missing, got only {', '.join(f'--{split}_file' for split in files)}")
     if data.dataset_name:
-        loaded = datasets.load_dataset(data.dataset_name, data.dataset_config)
+        loaded = datasets.load_dataset(data.dataset_name, data.dataset_config, streaming=data.streaming)
     elif files:
         for split, name in files.items():
             if not Path(name).is_file():
                 raise FileNotFoundError(f"--{split}_file: there is no file {name!r}")
         kind = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(files["train"]).suffix, "text")
-        loaded = datasets.load_dataset(kind, data_files=files, **({"keep_linebreaks": True} if kind == "text" else {}))
+        more = {"keep_linebreaks": True} if kind == "text" else {}
+        loaded = datasets.load_dataset(kind, data_files=files, streaming=data.streaming, **more)
     else:
         folder = sysconfig.get_path("stdlib")
-        loaded = datasets.DatasetDict(
-            {
-                split: datasets.Dataset.from_generator(
-                    standard_library_rows, gen_kwargs={"split": split, "version": sys.version, "folder": folder}
-                )
-                for split in SPLITS
-            }
-        )
+        loaded = {
+            split: datasets.Dataset.from_generator(
+                standard_library_rows, gen_kwargs={"split": split, "version": sys.version, "folder": folder}
+            )
+            for split in SPLITS
+        }
+        if data.streaming:
+            loaded = {split: rows.to_iterable_dataset() for split, rows in loaded.items()}
     if "train" not in loaded:
         raise ValueError(f"the data set has no split 'train', got {', '.join(loaded)}")
+    loaded, stream = dict(loaded), None
+    if data.streaming:
+        loaded, stream = first_rows(loaded, data)
     if "validation" not in loaded:
         halves = loaded["train"].train_test_split(test_size=0.05, seed=0)
         loaded["train"], loaded["validation"] = halves["train"], halves["test"]
@@ -185,7 +218,48 @@ def load_text(data: DataArguments) -> datasets.DatasetDict:
             loaded[split] = loaded[split].select(range(min(limit, len(loaded[split]))))
         if not any(text and text.strip() for text in loaded[split][data.text_column]):
             raise ValueError(f"split {split!r} holds no text in column {data.text_column!r}")
-    return datasets.DatasetDict({split: loaded[split] for split in SPLITS})
+    return datasets.DatasetDict({split: loaded[split] for split in SPLITS}), stream
+
+
+def first_rows(loaded: dict, data: DataArguments) -> tuple[dict[str, datasets.Dataset], datasets.IterableDataset]:
+    """Streamed splits as tables, of the training split its first rows, and the stream of all its rows, without those to validate on."""
+    train, limits = loaded["train"], {"train": STREAM_ROWS}
+    if "validation" not in loaded:
+        loaded["validation"], limits["validation"] = (
+            train.filter(held_out, fn_kwargs={"column": data.text_column}),
+            data.max_eval_rows or STREAM_VALIDATION_ROWS,
+        )
+        train = train.filter(held_out, fn_kwargs={"column": data.text_column, "wanted": False})
+    if data.max_train_rows is not None:
+        train = train.take(data.max_train_rows)
+    loaded["train"] = train
+    tables = {}
+    for split, rows in loaded.items():
+        limit = limits.get(split, data.max_eval_rows)
+        if split in SPLITS:
+            tables[split] = datasets.Dataset.from_list(list(rows if limit is None else rows.take(limit)))
+    return tables, train
+
+
+def held_out(row: dict, column: str, wanted: bool = True) -> bool:
+    """Whether a hash of the text puts a row into the twentieth that is not trained on: any part of a stream decides it by itself."""
+    digest = hashlib.sha256((row.get(column) or "").encode("utf-8")).digest()
+    return (int.from_bytes(digest[:4], "big") % 20 == 1) == wanted
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A saved tokenizer.
+
+    Raises:
+        ValueError: there is none, or it has no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer in {name!r}, name one with --tokenizer_name ({error})") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {name!r} has no end-of-text token (eos_token), which begins and ends a text here")
+    return tokenizer
 
 
 def train_tokenizer(rows: datasets.Dataset, column: str, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -202,58 +276,130 @@ def train_tokenizer(rows: datasets.Dataset, column: str, vocab_size: int) -> Pre
     )
 
 
+def cut(tokens: list[int], size: int) -> list[list[int]]:
+    """Sequences of up to `size` tokens in which every token but the first is predicted once: each begins with the last token of the one before."""
+    return [tokens[start : start + size] for start in range(0, len(tokens) - 1, size - 1)]
+
+
+class Packed:
+    """Turns rows of tokens into sequences of exactly `size`, cut from the concatenated rows; the first begins with the end-of-text token.
+
+    What is left of a batch of rows waits for the next one. After the last of `rows` it is filled up, with labels of -100, which do not count.
+    """
+
+    def __init__(self, size: int, end: int, rows: int | None = None) -> None:
+        self.size, self.end, self.rows, self.rest = size, end, rows, [end]
+
+    def __call__(self, batch: dict, indices: list[int] | None = None) -> dict:
+        tokens = [*self.rest, *itertools.chain.from_iterable(batch["input_ids"])]
+        blocks = cut(tokens, self.size)
+        self.rest = blocks.pop() if blocks and len(blocks[-1]) < self.size else tokens[-1:]
+        labels = list(blocks)
+        if indices is not None and self.rows is not None and indices[-1] == self.rows - 1 and len(self.rest) > 1:
+            missing = self.size - len(self.rest)
+            blocks.append(self.rest + [self.end] * missing)
+            labels.append(self.rest + [-100] * missing)
+        return {"input_ids": blocks, "labels": labels}
+
+
+def unpacked(batch: dict, indices: list[int] | None = None, *, size: int, end: int) -> dict:
+    """Each row by itself, in several sequences if it is longer than `size`."""
+    del indices
+    blocks = [block for row in batch["input_ids"] for block in cut([end, *row], size)]
+    return {"input_ids": blocks, "labels": blocks}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Endless training sequences from a stream of rows: each of its passes is shuffled anew, within `buffer` sequences.
+
+    Nothing but the seed decides the order, so a resumed run finds its place by reading the stream again up to there. Dataloader workers share
+    the stream's shards (its files).
+    """
+
+    def __init__(self, rows: datasets.IterableDataset, sequences: Callable[[], Callable], buffer: int, seed: int) -> None:
+        self.rows, self.sequences, self.buffer, self.seed = rows, sequences, buffer, seed
+
+    def __iter__(self) -> Iterator[dict]:
+        make = self.sequences()
+        for turn in itertools.count():
+            empty = True
+            for block in shuffled(self.read(make), self.buffer, random.Random(f"{self.seed} {turn}")):
+                empty = False
+                yield block
+            if empty:  # a worker without a shard
+                return
+
+    def read(self, make: Callable[[dict], dict]) -> Iterator[dict]:
+        for row in self.rows:
+            made = make({"input_ids": [row["input_ids"]]})
+            for ids, labels in zip(made["input_ids"], made["labels"], strict=True):
+                yield {"input_ids": ids, "labels": labels}
+
+
+def shuffled(items: Iterable[dict], size: int, generator: random.Random) -> Iterator[dict]:
+    """The items in the order in which they are drawn from a buffer of `size`."""
+    held: list[dict] = []
+    for item in items:
+        if len(held) < size:
+            held.append(item)
+            continue
+        index = generator.randrange(size)
+        yield held[index]
+        held[index] = item
+    generator.shuffle(held)
+    yield from held
+
+
 def pack(
     rows: datasets.DatasetDict, tokenizer: PreTrainedTokenizerBase, data: DataArguments, separate: bool
 ) -> tuple[datasets.DatasetDict, datasets.DatasetDict]:
-    """Token ids, and sequences of `block_size` of them in which every token is predicted once.
+    """Token ids, and the sequences of up to `block_size` of them that are trained on, see `Packed` and `unpacked`.
 
-    A sequence begins with the last token of the one before, its context; the first with the end-of-text token. The last one of a batch of rows is
-    dropped in training and filled up in the other splits, where labels of -100 do not count. With `separate` each row ends with the end-of-text token.
+    With `separate` each row ends with the end-of-text token.
     """
-    size, end = data.block_size, tokenizer.eos_token_id
-
-    def tokenize(batch: dict) -> dict:
-        ids = tokenizer([text or "" for text in batch[data.text_column]], add_special_tokens=False, return_attention_mask=False)[
-            "input_ids"
-        ]
-        return {"input_ids": [[*row, end] for row in ids] if separate else ids}
-
-    def cut(batch: dict, fill: bool) -> dict:
-        stream = [end, *(token for row in batch["input_ids"] for token in row)]
-        starts = range(0, len(stream) - 1, size - 1)
-        blocks = [stream[start : start + size] for start in starts]
-        blocks = [block for block in blocks if fill or len(block) == size]
-        return {
-            "input_ids": [block + [end] * (size - len(block)) for block in blocks],
-            "labels": [block + [-100] * (size - len(block)) for block in blocks],
-        }
-
-    tokenize({data.text_column: ["warm"]})  # a fast tokenizer's first call changes its state, and with it the cache key of map
     ids, blocks = datasets.DatasetDict(), datasets.DatasetDict()
+    settings: dict[str, Any] = {"size": data.block_size, "end": tokenizer.eos_token_id}
     for split in SPLITS:
         ids[split] = rows[split].map(
-            tokenize,
+            tokenize(tokenizer, data.text_column, separate),
             batched=True,
             remove_columns=rows[split].column_names,
             num_proc=data.preprocessing_workers,
             desc=f"Tokenising {split}",
         )
         blocks[split] = ids[split].map(
-            cut,
+            Packed(**settings, rows=len(ids[split])) if data.pack else partial(unpacked, **settings),
             batched=True,
-            batch_size=10_000,
-            fn_kwargs={"fill": split != "train"},
-            num_proc=data.preprocessing_workers,
+            with_indices=True,  # packing carries tokens from batch to batch, so it has one process
+            remove_columns=ids[split].column_names,
             desc=f"Packing {split}",
         )
-    if not len(blocks["train"]):
-        raise ValueError(f"the training text is shorter than one sequence of --block_size {size} tokens")
+    if not len(blocks["train"]) or -100 in blocks["train"][0]["labels"]:
+        raise ValueError(f"the training text is shorter than one sequence of --block_size {data.block_size} tokens")
     return ids, blocks
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, column: str, separate: bool) -> Callable[[dict], dict]:
+    end = tokenizer.eos_token_id
+    tokenizer(["warm"])  # a fast tokenizer's first call changes its state, and with it the cache key of map
+
+    def ids(batch: dict) -> dict:
+        rows = tokenizer([text or "" for text in batch[column]], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return {"input_ids": [[*row, end] for row in rows] if separate else rows}
+
+    return ids
 
 
 def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.nn.Module:
     if options.model_name_or_path:
-        return AutoModelForCausalLM.from_pretrained(options.model_name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path)
+        known = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > known:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model {options.model_name_or_path!r} a vocabulary of {known}: ids from {known} on lie "
+                "outside of it; leave out --tokenizer_name to take the model's own"
+            )
+        return model
     common: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden_size,
@@ -313,37 +459,54 @@ def main(arguments: list[str] | None = None) -> dict:
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
     if data.block_size < 2:
         raise ValueError(f"--block_size must be at least 2, got {data.block_size}")
+    if data.streaming and training.max_steps < 1:
+        raise ValueError(f"--streaming true needs --max_steps, since a stream has no length; got --max_steps {training.max_steps}")
+    if data.shuffle_buffer < 1:
+        raise ValueError(f"--shuffle_buffer must be at least 1, got {data.shuffle_buffer}")
     resume = checkpoint_to_resume(training)
     set_seed(training.seed)
     began = time.perf_counter()
 
     with training.main_process_first(desc="preparing the data"):
-        rows = load_text(data)
-        if data.tokenizer_name or options.model_name_or_path:
-            tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_name or options.model_name_or_path)
-        else:
-            tokenizer = train_tokenizer(rows["train"], data.text_column, data.vocab_size)
-        own_rows_are_files = data.dataset_name is None and data.train_file is None
-        ids, blocks = pack(rows, tokenizer, data, separate=own_rows_are_files)
+        rows, stream = load_text(data)
+        saved = data.tokenizer_name or options.model_name_or_path
+        tokenizer = load_tokenizer(saved) if saved else train_tokenizer(rows["train"], data.text_column, data.vocab_size)
+        built_in = data.dataset_name is None and data.train_file is None
+        separate = (built_in or not data.pack) if data.documents is None else data.documents
+        ids, blocks = pack(rows, tokenizer, data, separate)
+    train = blocks["train"]
+    if stream is not None:
+        settings: dict[str, Any] = {"size": data.block_size, "end": tokenizer.eos_token_id}
+        stream = stream.map(tokenize(tokenizer, data.text_column, separate), batched=True, remove_columns=rows["train"].column_names)
+        sequences = partial(Packed, **settings) if data.pack else partial(partial, unpacked, **settings)
+        train = Stream(stream, sequences, data.shuffle_buffer, training.seed)
+        # rank 0 reads for all; it cannot hand out batches of unequal length, though, which each rank reads for itself
+        training.accelerator_config.dispatch_batches = data.pack
+    padding = copy.deepcopy(tokenizer)  # the saved tokenizer gets no padding token by this
+    padding.pad_token = padding.pad_token or padding.eos_token
     sizes = {split: text_size(rows[split][data.text_column]) for split in ("validation", "test")}
     unigram = unigram_scores(ids["train"]["input_ids"], ids["test"]["input_ids"], len(tokenizer), **sizes["test"])
 
     model: Any = build_model(options, tokenizer, data.block_size)
     scorer = Scorer(sizes["validation"])
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model=model,
         args=training,
-        train_dataset=blocks["train"],
+        train_dataset=train,
         eval_dataset=blocks["validation"],
         processing_class=tokenizer,
-        data_collator=default_data_collator,
+        data_collator=default_data_collator if data.pack else DataCollatorForSeq2Seq(padding),
         compute_metrics=scorer,
         preprocess_logits_for_metrics=Scorer.token_losses,
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
 
-    before = trainer.evaluate(metric_key_prefix="before") if resume is None else {}
+    # not by evaluate before train: on several ranks accelerate 1.15 takes a model so evaluated for prepared, and trains it without exchanging gradients
+    training.eval_on_start = resume is None
     trained = trainer.train(resume_from_checkpoint=resume)
+    before: dict = next((entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry), {})
+    if trainer.is_fsdp_enabled:  # whole weights at the end, whatever the checkpoints hold
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.save_state()
     after = trainer.evaluate()
@@ -354,9 +517,9 @@ def main(arguments: list[str] | None = None) -> dict:
     drifts = [entry["drift"] for entry in history if "drift" in entry]
     results = {
         "parameters": model.num_parameters(),
-        "train_tokens": len(blocks["train"]) * data.block_size,
+        "train_tokens": None if stream is not None else sum(map(len, ids["train"]["input_ids"])),
         "updates": trainer.state.global_step,
-        "validation_loss_before": before.get("before_loss"),
+        "validation_loss_before": before.get("eval_loss"),
         "validation_loss": after["eval_loss"],
         "test": {key.removeprefix("test_"): value for key, value in test.items()},
         "test_unigram": unigram,
@@ -375,6 +538,8 @@ def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
     """Writes results.json and training.png to the output folder, prints a sample and the table."""
     folder = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:  # one rank alone cannot run a model in shards
+        model = AutoModelForCausalLM.from_pretrained(folder).to(trainer.args.device)
     layers = fixed_point_layers(model)
     if layers:
         steps = int(layers[0][1].max_steps)

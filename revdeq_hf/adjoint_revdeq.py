@@ -114,7 +114,7 @@ class Evaluator:
         self.tensors: list[torch.Tensor] = []
         self.template = _take_tensors(arguments, self.tensors)
         self.is_tuple = is_tuple
-        self.shapes = [s.shape for s in state]
+        self.shapes = tuple(s.shape for s in state)
         self.formats = [memory_format(s) for s in state]
         self.dtype = state[0].dtype
         self.device = state[0].device

@@ -43,6 +43,7 @@ class SolveStatistics:
         residual: float32, `||f(z) - z|| / (1e-5 + ||f(z)||)` over all of a row's state, for the state at the start of the last
             step, where it costs no evaluation; for a row that met `tol`, of the very state returned.
         evaluations: calls of the block, 2 a step (and one more where `tol` ended the solve).
+        shapes: of the state's tensors.
         clamped: int64, evaluations in which a value of the block was beyond +-2048 and was clamped.
         nonfinite: int64, evaluations in which a value of the block was NaN or infinite.
     """
@@ -50,6 +51,7 @@ class SolveStatistics:
     steps: torch.Tensor
     residual: torch.Tensor | None
     evaluations: int
+    shapes: tuple[torch.Size, ...]
     clamped: torch.Tensor
     nonfinite: torch.Tensor
 
@@ -423,7 +425,7 @@ class ReversibleFixedPoint(nn.Module):
             taken = solve.steps
             if taken is None:
                 taken = torch.full(solve.rows, steps, dtype=torch.int64, device=evaluator.device)
-            self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, solve.clamped, solve.nonfinite)
+            self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, evaluator.shapes, solve.clamped, solve.nonfinite)
             states, residuals = solve.trajectory, solve.step_residuals
             if not torch.compiler.is_exporting():
                 self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
@@ -431,7 +433,7 @@ class ReversibleFixedPoint(nn.Module):
             z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recompute_before if follow else None, record)
             states, residuals = [unflatten(state, evaluator) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
-            self.statistics = SolveStatistics(found.steps, found.residual, found.evaluations, clamped, found.nonfinite)
+            self.statistics = SolveStatistics(found.steps, found.residual, found.evaluations, evaluator.shapes, clamped, found.nonfinite)
         if wants_gradient and evaluator.autocast:
             torch.clear_autocast_cache()  # weights cast without a graph must not be found by who needs one (torch 2.13 sees to it itself)
         if wants_gradient and mode == "implicit":

@@ -96,7 +96,8 @@ class RevDEQVisionPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["ReversibleFixedPoint", "RevDEQVisionDownsample"]
+    _no_split_modules = ["ReversibleFixedPoint"]
+    _input_embed_layer = "stem"  # FSDP asks for it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -143,6 +144,8 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
             for size, ratio, steps in zip(sizes, config.expansion_ratios, config.steps_per_stage, strict=True)
         )
         self.downsamples = nn.ModuleList(RevDEQVisionDownsample(a, b, config.norm_eps) for a, b in zip(sizes, sizes[1:], strict=False))
+        if len(sizes) > 1:  # FSDP refuses names of classes that the model does not hold
+            self._no_split_modules = [*self._no_split_modules, "RevDEQVisionDownsample"]
 
     def compute_maps(
         self, pixel_values: torch.Tensor | None, max_steps: "int | list[int] | None" = None, output_trajectory: bool = False

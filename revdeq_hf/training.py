@@ -1,89 +1,251 @@
-"""What a training script needs around transformers' Trainer: a callback that logs the solver, text scores, checkpoints, figures."""
+"""What a training script needs around transformers' Trainer: a callback that logs the solver, text scores, figures."""
 
-import json
 import math
 import os
+import time
+import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import evaluate
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .diagnostics import Diagnosis, diagnose
+from .flops import training_flops
 from .layer_revdeq import ReversibleFixedPoint, fixed_point_layers
+
+DIVERGENCE = ("ignore", "warn", "stop", "lower_lr")
+_SUMS = ("rows", "residual", "steps", "clamped", "nonfinite")
 
 
 class RevDEQCallback(TrainerCallback):
-    """Adds what the solver did to the Trainer's logs: since the last log, over all layers and micro-batches,
+    """Adds what the solver did to the Trainer's logs: since the last log, over all layers, micro-batches and ranks,
 
-    - `residual`, `residual_max`: mean and greatest relative residual of the examples;
-    - `solver_steps`: mean steps per example;
+    - `residual`, `residual_max`: mean and greatest relative residual of the examples (or tokens);
+    - `solver_steps`, `evaluations`: mean steps per example, and calls of the block per solve;
     - `drift`: greatest difference between a reconstructed and the true start state, 0 when every backward pass was exact;
-    - `clamped`, `nonfinite`: evaluations of examples in which the block left its value range or was not finite.
+    - `clamped`, `nonfinite`: evaluations of examples in which the block left its value range or was not finite;
+    - `tokens_per_second` or `images_per_second`: of all ranks, padding included; evaluation and saving are not in the seconds;
+    - `flops_per_second`, `mfu`: floating-point operations of the model (see `training_flops`) per second and device, and their share of `peak_flops`;
+    - `peak_memory_bytes`: greatest of the ranks' `peak_memory()`.
 
     Costs no evaluation and no host synchronisation between two logs. Put it before the reporting callbacks, so that these see the
     figures: `trainer.callback_handler.callbacks.insert(0, RevDEQCallback())`; with `Trainer(callbacks=[...])` the console and the log history
     have them.
+
+    Args:
+        on_divergence: what to do at a log when a loss or a value of the block was not finite, or when the mean residual is above 0.1 and 10 times the
+            smallest one logged, twice in a row (not judged where steps are drawn). "warn" explains it in a warning, once; "stop" also ends the training; "lower_lr" also halves the
+            learning rates, at every such log; "ignore" does nothing.
+        probe: arguments of the model for a small batch, e.g. `{"input_ids": ids}`; the explanation then has the spectral radius of each layer, from
+            `diagnose`, which costs some solves of that batch when training diverges and nothing before.
+        peak_flops: operations per second that a device can do. Default: what `matrix_rate` measures when training begins. 0: log no `mfu`.
+
+    Raises:
+        ValueError: `on_divergence` is unknown.
     """
 
-    def __init__(self) -> None:
-        self._layers: list[ReversibleFixedPoint] = []
-        self._sums: torch.Tensor | None = None
-        self._peaks: torch.Tensor | None = None
+    def __init__(self, on_divergence: str = "warn", probe: dict[str, Any] | None = None, peak_flops: float | None = None) -> None:
+        if on_divergence not in DIVERGENCE:
+            raise ValueError(f"on_divergence must be one of {', '.join(map(repr, DIVERGENCE))}, got {on_divergence!r}")
+        self.on_divergence, self.probe, self.peak_flops = on_divergence, probe, peak_flops
+        self._layers: list[tuple[str, ReversibleFixedPoint]] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs) -> None:
-        self._layers = [layer for _, layer in fixed_point_layers(model)] if model is not None else []
-        self._sums = self._peaks = None
+        self._layers = fixed_point_layers(model) if model is not None else []
+        images = getattr(model, "main_input_name", None) == "pixel_values"
+        self._unit = "images_per_second" if images else "tokens_per_second"
+        self._least, self._rises, self._warned = math.inf, 0, False
+        if self.peak_flops is None and self._layers:
+            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+            self.peak_flops = matrix_rate(args.device, half)
+        self._clear()
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._add()
+    def _clear(self) -> None:
+        self._sums: torch.Tensor | None = None  # (layers, sums), added up on the device
+        self._peaks: torch.Tensor | None = None  # (layers, residual, drift and non-finite evaluations of one row)
+        self._evaluations = self._solves = self._items = 0
+        self._flops = self._paused = 0.0
+        self._began: float | None = None
+        self._ended = 0.0
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._add()
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        now = time.perf_counter()
+        if self._began is None:
+            self._began = self._ended = now
+        if control.should_evaluate or control.should_save:
+            return
+        if self._resting:  # an evaluation or a checkpoint came between two updates
+            self._paused += now - self._ended
+            self._resting = False
 
-    def _add(self) -> None:
-        for layer in self._layers:
+    _resting = False
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._resting = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._resting = True
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs) -> None:
+        self._add(model)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs) -> None:
+        self._add(model)
+        self._ended = time.perf_counter()
+
+    def _add(self, model: nn.Module) -> None:
+        sums, peaks = [], []
+        for _, layer in self._layers:
             figures = layer.statistics
             if figures is None or figures.residual is None:
-                continue
+                return
             residual = figures.residual.detach()
-            sums = torch.stack(
-                [
-                    torch.full((), float(residual.numel()), device=residual.device),
-                    residual.sum(),
-                    figures.steps.sum().to(residual.dtype),
-                    figures.clamped.sum().to(residual.dtype),
-                    figures.nonfinite.sum().to(residual.dtype),
-                ]
-            )
-            peaks = torch.stack([residual.max(), layer.drift.to(residual.device)])
-            self._sums = sums if self._sums is None else self._sums + sums
-            self._peaks = peaks if self._peaks is None else torch.maximum(self._peaks, peaks)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs) -> None:
-        if logs is None or "loss" not in logs or self._sums is None or self._peaks is None:
+            counted = (residual, figures.steps, figures.clamped, figures.nonfinite)
+            sums.append(torch.stack([residual.new_tensor(0.0) + residual.numel(), *(part.sum().to(residual.dtype) for part in counted)]))
+            peaks.append(torch.stack([residual.max(), layer.drift.to(residual.device), figures.nonfinite.max().to(residual.dtype)]))
+            self._evaluations, self._solves = self._evaluations + figures.evaluations, self._solves + 1
+        if not sums:
             return
-        count, residual, steps, clamped, nonfinite = self._sums.tolist()
-        peak, drift = self._peaks.tolist()
-        self._sums = self._peaks = None
+        device = sums[0].device  # a device map may part the layers
+        added, highest = torch.stack([part.to(device) for part in sums]), torch.stack([part.to(device) for part in peaks])
+        self._sums = added if self._sums is None else self._sums + added
+        self._peaks = highest if self._peaks is None else torch.maximum(self._peaks, highest)
+        shape = self._layers[0][1].statistics.shapes[0]  # type: ignore[union-attr]
+        self._items += shape[0] if self._unit == "images_per_second" else shape[:-1].numel()
+        self._flops += training_flops(model)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, model=None, **kwargs) -> None:
+        if logs is None or "loss" not in logs or self._sums is None or self._peaks is None or self._began is None:
+            return
+        sums, peaks = self._sums.double(), self._peaks.double()
+        totals = sums.new_tensor([self._items, self._flops])
+        memory = sums.new_tensor(float(peak_memory() or 0))
+        ranks = 1
+        if dist.is_available() and dist.is_initialized():
+            ranks = dist.get_world_size()
+            for tensor, operation in (
+                (sums, dist.ReduceOp.SUM),
+                (totals, dist.ReduceOp.SUM),
+                (peaks, dist.ReduceOp.MAX),
+                (memory, dist.ReduceOp.MAX),
+            ):
+                dist.all_reduce(tensor, operation)
+        table = [dict(zip(_SUMS, row, strict=True)) for row in sums.tolist()]
+        highest = peaks.tolist()
+        items, flops = totals.tolist()  # the lists are the host's synchronisation, so the seconds end here
+        seconds = time.perf_counter() - self._began - self._paused
+        count = sum(row["rows"] for row in table)
         figures = {
-            "residual": residual / count,
-            "residual_max": peak,
-            "solver_steps": steps / count,
-            "drift": drift,
-            "clamped": clamped,
-            "nonfinite": nonfinite,
+            "residual": sum(row["residual"] for row in table) / count,
+            "residual_max": _greatest(row[0] for row in highest),
+            "solver_steps": sum(row["steps"] for row in table) / count,
+            "evaluations": self._evaluations / self._solves,
+            "drift": _greatest(row[1] for row in highest),
+            "clamped": sum(row["clamped"] for row in table),
+            "nonfinite": sum(row["nonfinite"] for row in table),
+            self._unit: items / seconds,
+            "flops_per_second": flops / seconds / ranks,
         }
+        if self.peak_flops:
+            figures["mfu"] = figures["flops_per_second"] / self.peak_flops
+        if memory:
+            figures["peak_memory_bytes"] = int(memory.item())
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)  # Trainer has appended its copy already
+        evaluations = self._evaluations / self._solves
+        self._clear()
+        reasons = self._reasons(logs["loss"], figures["residual"], table, highest, evaluations)
+        if reasons and self.on_divergence != "ignore":
+            self._act(args, state, control, model, reasons, **kwargs)
+
+    def _reasons(
+        self, loss: float, residual: float, table: list[dict[str, float]], highest: list[list[float]], evaluations: float
+    ) -> list[str]:
+        """What speaks for divergence: sentences, none where all is well. The same on all ranks."""
+        found = []
+        for (name, _), row, (_, _, worst) in zip(self._layers, table, highest, strict=True):
+            if row["nonfinite"]:
+                latest = int(evaluations - worst) // 2 + 1
+                found.append(
+                    f"the block of {name!r} was not finite in {row['nonfinite']:.0f} evaluations of an example, first at step {max(latest, 1)} of the solve or "
+                    "before"
+                )
+        if not found and not math.isfinite(loss):
+            found.append(f"the loss is {loss}")
+        drawn = any(layer.steps_sampling is not None for _, layer in self._layers)  # residuals of other numbers of steps do not compare
+        self._rises = self._rises + 1 if residual > max(0.1, 10 * self._least) and not drawn else 0
+        self._least = min(self._least, residual)
+        if self._rises >= 2:
+            means = ", ".join(f"{name!r}: {row['residual'] / row['rows']:.2g}" for (name, _), row in zip(self._layers, table, strict=True))
+            found.append(f"the mean residual rises: it was {self._least:.2g} and is now {residual:.2g} ({means})")
+        return found
+
+    def _act(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, reasons: list[str], **kwargs) -> None:
+        if self.on_divergence == "lower_lr":
+            _halve_learning_rates(kwargs["optimizer"], kwargs["lr_scheduler"])
+        if self.on_divergence == "stop":
+            control.should_training_stop = True
+        if self._warned:
+            return
+        self._warned = True
+        if self.probe is not None:
+            device = next(model.parameters()).device
+            inputs: dict[str, Any] = {
+                name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in self.probe.items()
+            }
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it would warn about is said here
+                for name, look in cast(dict[str, Diagnosis], diagnose(model, **inputs)).items():
+                    radius = look.spectral_radius.max().item()
+                    verdict = "above 1, so more steps do not converge" if radius > 1 else "below 1"
+                    reasons.append(f"the spectral radius of {name!r} is {radius:.2f}, {verdict}")
+        done = {
+            "warn": "Lower the learning rate, clip gradients, or pass on_divergence='stop' or 'lower_lr'",
+            "stop": "Training stops here; go on from an earlier checkpoint with a lower learning rate",
+            "lower_lr": "The learning rates are halved, and again at each further log like this",
+        }[self.on_divergence]
+        warnings.warn(f"training diverges at update {state.global_step}: {'; '.join(reasons)}. {done}", stacklevel=2)
+
+
+def _greatest(values: Iterable[float]) -> float:
+    """The greatest value, NaN if one is."""
+    values = list(values)
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _halve_learning_rates(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Of the optimiser, and of what the scheduler will compute from now on (both are saved in checkpoints)."""
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+
+
+@torch.no_grad()
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations per second of a large matrix product, the best of five; takes about a tenth of a second (half precision on a CPU: more)."""
+    size = 8192 if device.type == "cuda" else 768
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = math.inf
+    for _ in range(6):  # the first warms up
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        began = time.perf_counter()
+        a @ a
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 class TextScores(evaluate.Metric):
@@ -183,27 +345,6 @@ def unigram_scores(train_ids: Iterable[Sequence[int]], test_ids: Iterable[Sequen
     return text_scores(nats, int(seen.sum()), words, bytes)
 
 
-def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
-    """The newest checkpoint of a Trainer's output folder that was written to its end, or None.
-
-    Trainer writes `trainer_state.json` last, so a checkpoint that a kill cut short has none, or one that cannot be read.
-    """
-    steps = []
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.rsplit("-", 1)[1]
-        if number.isdigit() and _is_json(path / "trainer_state.json"):
-            steps.append((int(number), str(path)))
-    return max(steps)[1] if steps else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return False
-    return True
-
-
 @torch.no_grad()
 def residual_curve(model: nn.Module, inputs: dict[str, torch.Tensor], steps: int) -> dict[str, list[float]]:
     """Mean relative residual of each layer at the start of steps 1 to `steps` on one batch; costs `steps` solves of up to `steps` steps.
@@ -264,29 +405,6 @@ def plot_training(history: list[dict[str, Any]], curves: dict[str, list[float]],
         if axes.get_legend_handles_labels()[0]:  # a short run, or a model without fixed points, leaves a panel empty
             axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a folder, or with "true" the newest whole one of the output folder.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    wanted = args.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        if not _is_json(Path(wanted) / "trainer_state.json"):
-            raise FileNotFoundError(
-                f"--resume_from_checkpoint: {wanted!r} is not a whole checkpoint (no readable trainer_state.json in it)"
-            )
-        return str(wanted)
-    found = last_whole_checkpoint(args.output_dir or ".")
-    if found is None:
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint true: there is no whole checkpoint in {args.output_dir!r}; start without the flag"
-        )
-    return found
 
 
 def peak_memory() -> int | None:

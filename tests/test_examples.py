@@ -1,18 +1,23 @@
-"""The language script end to end on small data, interrupted and resumed, and with unusable input; the help of both scripts."""
+"""The language script end to end on small data, packed, padded and streamed, interrupted and resumed, and with unusable input; the help of both scripts."""
 
 import importlib.util
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import SHARED
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -116,9 +121,27 @@ def test_language_script_in_bf16_with_other_settings_goes_on_from_a_saved_model(
     assert more["validation_loss_before"] == pytest.approx(first["validation_loss"], rel=1e-2)  # bf16 then, float32 now
 
 
+def history(folder) -> list[dict]:
+    """What a run logged, less what depends on the clock."""
+    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    kept = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "residual", "residual_max", "solver_steps", "drift")
+    return [found for entry in entries if (found := {name: entry[name] for name in kept if name in entry}).keys() & {"loss", "eval_loss"}]
+
+
+def assert_same_run(one, other):
+    assert history(one) == history(other)
+    weights, resumed = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
+
+
+SAMPLED = ("--steps_sampling", '{"distribution": "uniform", "min_steps": 1, "max_steps": 4}')
+ACCUMULATED = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2")
+
+
 def test_an_interrupted_run_leaves_a_whole_checkpoint_and_resuming_equals_never_having_stopped(text_files, tmp_path):
     def command(folder, *more):
-        return [sys.executable, str(EXAMPLES / "train_language.py"), *language_arguments(folder, text_files, "--dropout", "0.1", *more)]
+        flags = ("--dropout", "0.1", *SAMPLED, *ACCUMULATED)
+        return [sys.executable, str(EXAMPLES / "train_language.py"), *language_arguments(folder, text_files, *flags, *more)]
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     process = subprocess.Popen(command(tmp_path / "cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -132,10 +155,146 @@ def test_an_interrupted_run_leaves_a_whole_checkpoint_and_resuming_equals_never_
     (tmp_path / "cut" / "checkpoint-40").mkdir(exist_ok=True)  # a later checkpoint that the kill cut short
     (tmp_path / "cut" / "checkpoint-40" / "trainer_state.json").write_text('{"epoch": 0.3')
     subprocess.run(command(tmp_path / "cut", "--resume_from_checkpoint", "true"), check=True, capture_output=True)
-    from safetensors.torch import load_file
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    steps = [entry["solver_steps"] for entry in history(tmp_path / "whole") if "solver_steps" in entry]
+    assert len(set(steps)) > 1, "the steps were meant to be drawn"
 
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--streaming", "true", "--shuffle_buffer", "16"),
+        ("--streaming", "true", "--shuffle_buffer", "16", "--dataloader_num_workers", "1", "--pack", "false"),
+        ("--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps", "--eval_steps", "10"),
+    ],
+    ids=["stream", "stream-worker-padded", "plateau"],
+)
+@pytest.mark.parametrize("step", [20, 60])
+def test_resuming_finds_its_place_in_a_stream_and_in_a_schedule(language, text_files, tmp_path, flags, step):
+    if step == 60 and flags[0] != "--streaming":
+        pytest.skip("the end of a run is the same for all finite data")
+    plateau = ("--lr_scheduler_kwargs", '{"patience": 0, "factor": 0.5, "threshold": 0.2}') if "reduce_lr_on_plateau" in flags else ()
+    flags = (*flags, *plateau, "--dropout", "0.1", *SAMPLED, *ACCUMULATED, "--save_total_limit", "3")
+    language.main(language_arguments(tmp_path / "whole", text_files, *flags))
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "cut" / f"checkpoint-{step}")
+    resumed = language.main(language_arguments(tmp_path / "cut", text_files, *flags, "--resume_from_checkpoint", "true"))
+    assert resumed["updates"] == 60
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    if plateau:
+        rates = [entry["learning_rate"] for entry in history(tmp_path / "whole") if "learning_rate" in entry]
+        assert rates[0] == 1e-2  # no warm-up
+        assert rates[-1] <= 5e-3
+
+
+def test_a_run_that_had_ended_is_not_trained_further(language, text_files, tmp_path):
+    language.main(language_arguments(tmp_path / "whole", text_files, "--max_steps", "23"))  # not at the end of an epoch
+    shutil.copytree(tmp_path / "whole" / "checkpoint-23", tmp_path / "cut" / "checkpoint-23")
+    resumed = language.main(language_arguments(tmp_path / "cut", text_files, "--max_steps", "23", "--resume_from_checkpoint", "true"))
+    assert resumed["updates"] == 23
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.fixture(scope="module")
+def tokens(language):
+    """Data arguments, a tokenizer and the rows of a text of more rows than one batch of `datasets.map`."""
+    rows = [" ".join(["alpha", "beta"] * (i % 7)) for i in range(2500)]
+    splits = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": rows}) for name in language.SPLITS})
+    data = language.DataArguments(block_size=16, vocab_size=300)
+    return data, language.train_tokenizer(splits["train"], "text", 300), splits
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_packing_predicts_every_token_once(language, tokens, separate):
+    data, tokenizer, splits = tokens
+    ids, blocks = language.pack(splits, tokenizer, data, separate)
+    end = tokenizer.eos_token_id
+    for split in ("train", "test"):
+        text = [token for row in ids[split]["input_ids"] for token in row]
+        assert [token for block in blocks[split]["labels"] for token in block[1:] if token != -100] == text
+        assert all(len(block) == 16 for block in blocks[split]["input_ids"])
+        before = [end, *text]
+        seen = [token for block in blocks[split]["input_ids"] for token in block[:-1]]
+        assert seen[: len(text)] == before[:-1]  # each with the token before it as context, across the batches of map
+
+
+def test_without_packing_every_row_is_its_own_sequence(language, tokens):
+    _, tokenizer, splits = tokens
+    ids, blocks = language.pack(splits, tokenizer, language.DataArguments(block_size=16, vocab_size=300, pack=False), separate=True)
+    assert blocks["train"]["labels"] == blocks["train"]["input_ids"]
+    rows = iter(blocks["train"]["input_ids"])
+    end = tokenizer.eos_token_id
+    for row in ids["train"]["input_ids"]:
+        predicted, last = [], end
+        while len(predicted) < len(row):
+            block = next(rows)
+            assert block[0] == last
+            assert len(block) <= 16
+            predicted += block[1:]
+            last = block[-1]
+        assert predicted == row
+    assert next(rows, None) is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_gives_every_token_once_in_each_pass_and_shuffles_each_anew(language, workers):
+    distinct = datasets.Dataset.from_dict({"input_ids": [[i] for i in range(1, 451)]}).to_iterable_dataset(num_shards=2)
+    stream = language.Stream(distinct, lambda: language.Packed(16, 0), buffer=8, seed=0)
+    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    blocks = [block["labels"] for block in itertools.islice(loader, 60)]  # two passes of 450 tokens, 15 to a sequence
+    seen = [token for block in blocks for token in block[1:]]
+    assert len(seen) == 900
+    assert sorted(seen[:450]) != seen[:450]
+    if workers == 0:
+        assert sorted(seen[:450]) == list(range(1, 451))
+        assert seen[:450] != seen[450:]
+    else:  # each worker has its half; they take turns
+        halves = [[token for block in blocks[worker::2] for token in block[1:]] for worker in (0, 1)]
+        assert sorted(halves[0][:225]) == list(range(1, 226))
+        assert sorted(halves[1][:225]) == list(range(226, 451))
+    assert blocks == [block["labels"] for block in itertools.islice(loader, 60)]  # a second reading has the same order
+
+
+def test_a_stream_without_a_validation_split_does_not_train_on_the_rows_it_validates_on(language, text_files):
+    data = language.DataArguments(train_file=text_files["train"], streaming=True, max_eval_rows=10)
+    rows, stream = language.load_text(data)
+    validated, trained = set(rows["validation"]["text"]), [row["text"] for row in stream]
+    assert len(rows["validation"]) == 10
+    assert not validated & set(trained)
+    assert 370 < len(trained) < 400
+    assert rows["train"]["text"] == trained
+
+
+def test_dataloader_workers_change_nothing(language, text_files, tmp_path):
+    for workers in ("0", "2"):
+        flags = ("--dropout", "0.1", "--dataloader_num_workers", workers, "--max_steps", "20")
+        language.main(language_arguments(tmp_path / workers, text_files, *flags))
+    assert_same_run(tmp_path / "0", tmp_path / "2")
+
+
+def test_padded_rows_grouped_by_length_learn_and_accumulate_with_the_right_loss_scale(language, text_files, tmp_path):
+    """Rows of unequal length: one batch of 8 equals 4 micro-batches of 2, whose tokens are counted together."""
+    lines = Path(text_files["train"]).read_text(encoding="utf-8").splitlines()
+    uneven = tmp_path / "uneven.txt"
+    uneven.write_text("\n".join(line[: 6 + 37 * i % 60] for i, line in enumerate(lines)) + "\n", encoding="utf-8")
+    files = {**text_files, "train": str(uneven)}
+    flags = ("--pack", "false", "--train_sampling_strategy", "group_by_length", "--logging_steps", "1", "--max_steps", "8")
+    one = language.main(language_arguments(tmp_path / "one", files, *flags))
+    split = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
+    four = language.main(language_arguments(tmp_path / "four", files, *flags, *split))
+    assert one["greatest_drift"] == four["greatest_drift"] == 0
+    assert one["validation_loss"] < one["validation_loss_before"]
+    whole, parts = ([entry["loss"] for entry in history(tmp_path / name) if "loss" in entry] for name in ("one", "four"))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_stays_finite_and_exact_over_200_updates(language, text_files, tmp_path):
+    flags = ("--bf16", "true", "--use_cpu", "true", "--max_steps", "200", "--logging_steps", "1", "--save_steps", "200", "--dropout", "0.1")
+    results = language.main(language_arguments(tmp_path, text_files, *flags))
+    entries = [entry for entry in history(tmp_path) if "loss" in entry]
+    assert len(entries) == 200
+    assert all(np.isfinite([entry["loss"], entry["grad_norm"]]).all() and entry["drift"] == 0 for entry in entries)
+    assert results["validation_loss"] < results["validation_loss_before"]
 
 
 def test_standard_library_splits_share_no_file(language):
@@ -164,13 +323,31 @@ def test_standard_library_splits_share_no_file(language):
         (["--train_file", "{train}", "--block_size", "1"], "--block_size"),
         (["--train_file", "{train}", "--resume_from_checkpoint", "true"], "no whole checkpoint"),
         (["--train_file", "{train}", "--resume_from_checkpoint", "elsewhere"], "not a whole checkpoint"),
+        (["--train_file", "{train}", "--streaming", "true", "--max_steps", "-1"], "needs --max_steps"),
+        (["--train_file", "{train}", "--streaming", "true", "--text_column", "body"], "no column 'body'"),
+        (["--train_file", "{empty}", "--streaming", "true"], "no text"),
+        (["--train_file", "{train}", "--shuffle_buffer", "0"], "--shuffle_buffer"),
+        (["--train_file", "{train}", "--fp16", "true", "--use_cpu", "true"], "--bf16 true instead"),
+        (["--train_file", "{train}", "--model_name_or_path", "{bare}"], "no tokenizer in .*--tokenizer_name"),
+        (["--train_file", "{train}", "--model_name_or_path", "{bare}", "--tokenizer_name", "{large}"], "256 on lie outside"),
+        (["--train_file", "{train}", "--tokenizer_name", "{endless}"], "no end-of-text token"),
+        (["--train_file", "{train}", "--lr_scheduler_type", "reduce_lr_on_plateau"], "requires an eval strategy"),
     ],
     ids=str,
 )
-def test_unusable_input_of_the_language_script_is_told(language, text_files, tmp_path, arguments, message):
+def test_unusable_input_of_the_language_script_is_told(language, text_files, tokens, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(
+        "revdeq_hf.RevDEQForCausalLM.forward", lambda *_, **__: pytest.fail("a step was computed before the input was refused")
+    )
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "short.txt").write_text("one\ntwo\n" * 15)
-    names = {"{empty}": str(tmp_path / "empty.txt"), "{short}": str(tmp_path / "short.txt"), "{train}": text_files["train"]}
+    bare = language.RevDEQConfig(vocab_size=256, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    language.RevDEQForCausalLM(bare).save_pretrained(tmp_path / "bare")
+    _, tokenizer, _ = tokens
+    tokenizer.save_pretrained(tmp_path / "large")
+    language.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "endless")
+    names = {"{train}": text_files["train"], **{f"{{{name}}}": str(tmp_path / f"{name}.txt") for name in ("empty", "short")}}
+    names |= {f"{{{name}}}": str(tmp_path / name) for name in ("bare", "large", "endless")}
     filled = [names.get(argument, argument) for argument in arguments]
     with pytest.raises(Exception, match=message):
         language.main([*filled, "--output_dir", str(tmp_path / "out"), "--vocab_size", "300", "--disable_tqdm", "true"])
@@ -196,7 +373,7 @@ def test_language_script_on_wikitext_counts_words_and_tokens_as_published(langua
     options, data, _ = language.HfArgumentParser(
         (language.ModelArguments, language.DataArguments, language.LanguageTrainingArguments)
     ).parse_args_into_dataclasses(language_arguments(tmp_path / "out", files))
-    rows = language.load_text(data)
+    rows, _ = language.load_text(data)
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "gpt2_tokenizer")
     ids, blocks = language.pack(rows, tokenizer, data, separate=False)
     assert sum(map(len, ids["test"]["input_ids"])) == 295_877

@@ -523,7 +523,18 @@ def test_going_on_from_a_grey_model_with_colour_images_and_the_other_way(image, 
         saved = tmp_path / f"saved_{first.name}"
         image.main([*folders(first), *TINY, "--max_steps", "1", "--output_dir", str(saved)])
         assert not told
-        image.main([*folders(second), *TINY, "--model_name_or_path", str(saved), "--max_steps", "1", "--output_dir", str(tmp_path / "out")])
+        image.main(
+            [
+                *folders(second),
+                *TINY,
+                "--model_name_or_path",
+                str(saved),
+                "--max_steps",
+                "1",
+                "--output_dir",
+                str(tmp_path / f"out_{first.name}"),
+            ]
+        )
         assert any(what in message and "40 of 40" in message for message in told)
         told.clear()
     with pytest.raises(ValueError, match="--channels 1: the saved model takes images of 3 channels"):

@@ -1,0 +1,180 @@
+"""Checkpoints of transformers' Trainer: which are whole, which one to go on from, what is told where one cannot be written."""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+STATE = "trainer_state.json"
+# what a checkpoint holds, by the names that Trainer gives; global_step* is DeepSpeed's
+PARTS = {
+    "weights": ("model*.safetensors", "**/adapter_model*.safetensors", "pytorch_model*", "global_step*"),
+    "optimizer state": ("optimizer*", "global_step*"),
+    "schedule": ("scheduler.pt", "global_step*"),
+    "state of the random number generators": ("rng_state*",),
+}
+# fields of a configuration that the library, the Trainer or the first step sets
+FREE_FIELDS = {
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "use_cache",
+    "problem_type",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+
+
+def checkpoint_defect(folder: str | os.PathLike) -> str | None:
+    """Why a checkpoint cannot be gone on from, or None if it is whole. Reads the ends of its files, and unpickles nothing.
+
+    Trainer writes weights, optimizer, schedule, generators and `trainer_state.json`, in this order, and deletes older checkpoints after that.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "there is no such folder"
+    if not (folder / STATE).is_file():
+        return f"{STATE}, which is written last, is missing"
+    for part, patterns in PARTS.items():
+        if not any(True for pattern in patterns for _ in folder.glob(pattern)):
+            return f"the {part} is missing ({', '.join(patterns)})"
+    return next(filter(None, map(_file_defect, sorted(folder.rglob("*")))), None)
+
+
+def _file_defect(path: Path) -> str | None:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):  # compares the header with the length of the file
+                pass
+        elif path.suffix in {".pt", ".pth", ".bin"}:  # torch.save writes zip files, whose directory is at the end
+            zipfile.ZipFile(path).close()
+        elif path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if path.name.endswith(".index.json"):
+                missing = sorted(file for file in set(content["weight_map"].values()) if not (path.parent / file).is_file())
+                if missing:
+                    return f"{', '.join(missing)}, named in {path.name}, is missing"
+    except (SafetensorError, zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return f"{path.name} is cut short or damaged ({error})"
+    if path.suffix == ".distcp" and not (path.parent / ".metadata").is_file():
+        return f"{path.parent.name} has no .metadata, which is written last"
+    return None
+
+
+def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest whole checkpoint of a Trainer's output folder, or None."""
+    numbered = ((path.name.rsplit("-", 1)[1], path) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    for _, path in sorted(((int(number), path) for number, path in numbered if number.isdigit()), reverse=True):
+        if checkpoint_defect(path) is None:
+            return str(path)
+    return None
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` means: a folder, or with "true" the newest whole one of the output folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FileExistsError: a new run would overwrite the checkpoints of an earlier one.
+    """
+    wanted, folder = args.resume_from_checkpoint, args.output_dir or "."
+    if not wanted or str(wanted).lower() == "false":
+        earlier = last_whole_checkpoint(folder)
+        if earlier is not None:
+            raise FileExistsError(
+                f"{folder!r} holds checkpoints of an earlier run, {Path(earlier).name} among them: go on from it with --resume_from_checkpoint true, "
+                "or choose another --output_dir, or delete them"
+            )
+        return None
+    if str(wanted).lower() != "true":
+        defect = checkpoint_defect(wanted)
+        if defect is not None:
+            raise FileNotFoundError(f"--resume_from_checkpoint: {wanted!r} is not a whole checkpoint: {defect}")
+        return str(wanted)
+    found = last_whole_checkpoint(folder)
+    if found is None:
+        raise FileNotFoundError(f"--resume_from_checkpoint true: there is no whole checkpoint in {folder!r}; start without the flag")
+    return found
+
+
+def check_same_model(config: Any, checkpoint: str | os.PathLike) -> None:
+    """Compares a model's configuration with the one in a checkpoint (adapters have none).
+
+    Raises:
+        ValueError: they differ.
+    """
+    path = Path(checkpoint) / "config.json"
+    if not path.is_file():
+        return
+    there, here = json.loads(path.read_text(encoding="utf-8")), config.to_dict()
+    if there.get("model_type") == here["model_type"]:
+        there = type(config).from_json_file(path).to_dict()  # with the fields that have their defaults
+    names = sorted((there.keys() & here.keys()) - FREE_FIELDS)
+    differing = [f"{name} {there[name]!r} instead of {here[name]!r}" for name in names if there[name] != here[name]]
+    if differing:
+        raise ValueError(
+            f"the checkpoint {str(checkpoint)!r} is of another model, it has {'; '.join(differing)}: give the settings that the run was started with, "
+            "or start a new run from its weights with --model_name_or_path"
+        )
+
+
+class ResumableTrainer(Trainer):
+    """Trainer that goes on from whole checkpoints of the same model, and tells what to do where one cannot be written."""
+
+    def __init__(self, *arguments: Any, **kwargs: Any) -> None:
+        super().__init__(*arguments, **kwargs)
+        if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise ValueError(
+                "fp16 needs a gradient scaler, which accelerate has for accelerators only; on the CPU use --bf16 true instead of --fp16"
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        if isinstance(resume_from_checkpoint, str):
+            check_same_model(self.model.config, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if self.state.global_step >= self.state.max_steps:  # killed between the last update and the end: nothing is left to train
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:  # of a checkpoint
+            return super().save_model(output_dir, _internal_call)
+        with self._written(output_dir or self.args.output_dir):
+            super().save_model(output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():  # what a kill left of it; written over it would look whole too early
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        with self._written(folder):
+            super()._save_checkpoint(model, trial)
+
+    @contextmanager
+    def _written(self, folder: str | os.PathLike) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:  # of files, torch.save and safetensors
+            output = self.args.output_dir
+            if Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+                shutil.rmtree(folder, ignore_errors=True)  # makes room
+            last = last_whole_checkpoint(output)
+            free = f"{shutil.disk_usage(output).free / 1e6:,.1f} MB are free there; " if Path(output).is_dir() else ""
+            rest = (
+                f"the last whole checkpoint is {last!r}, go on with --resume_from_checkpoint true"
+                if last
+                else "there is no whole checkpoint"
+            )
+            raise OSError(f"{str(folder)!r} could not be written: {error}. Make room ({free}{rest})") from error

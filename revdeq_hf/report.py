@@ -1,0 +1,174 @@
+"""What happened in a run, or in several: one figure and one table from what the Trainer left in its folder.
+
+    python -m revdeq_hf.report runs/language                      # draws runs/language/report.png, prints the table
+    python -m revdeq_hf.report runs/a runs/b --output both.png    # compares
+
+Needs matplotlib. It does not travel to the Hub.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import last_whole_checkpoint
+from .training import print_table
+
+RATES = ("tokens_per_second", "images_per_second")
+
+
+@dataclass
+class Run:
+    """A training run.
+
+    Attributes:
+        name: what figures and tables call it.
+        history: the Trainer's `state.log_history`, with the figures of `RevDEQCallback` where it ran.
+        convergence: for each fixed-point layer its mean residual at the start of each step after training, as `residual_curve` returns it.
+        trained_steps: steps of a solve in training, marked among the above.
+        results: other figures of the run (the scripts' `results.json`).
+    """
+
+    name: str
+    history: list[dict[str, Any]]
+    convergence: dict[str, list[float]] = field(default_factory=dict)
+    trained_steps: int | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def points(self, key: str) -> list[tuple[int, float]]:
+        """(update, value) of every log that has the figure."""
+        return [(entry["step"], entry[key]) for entry in self.history if isinstance(entry.get(key), int | float) and "step" in entry]
+
+    def values(self, key: str) -> list[float]:
+        return [value for _, value in self.points(key)]
+
+
+def read_run(folder: "str | os.PathLike", name: str | None = None) -> Run:
+    """The run in a Trainer's output folder: of its `trainer_state.json`, or while it goes on of its newest whole checkpoint; and of `results.json`.
+
+    Raises:
+        FileNotFoundError: the folder has neither.
+    """
+    folder = Path(folder)
+    state = folder / "trainer_state.json"
+    if not state.is_file():
+        checkpoint = last_whole_checkpoint(folder)
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"there is no run in {str(folder)!r}: expected trainer_state.json in it or in a checkpoint-* folder; give the --output_dir of a training "
+                "with transformers' Trainer"
+            )
+        state = Path(checkpoint) / "trainer_state.json"
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8")) if (folder / "results.json").is_file() else {}
+    convergence = results.get("convergence", {})
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    return Run(name or folder.name, history, convergence.get("residuals", {}), convergence.get("trained_steps"), results)
+
+
+def plot_runs(runs: Sequence[Run], path: "str | os.PathLike") -> None:
+    """Draws loss, residual, steps, drift and throughput over training, and the convergence after it, to a PNG or PDF file. Needs matplotlib.
+
+    Of one run the curves of a panel have colours of their own, of several each run has one colour.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 7.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, residual, steps, drift, speed, convergence = figure.subplots(2, 3).flat
+    several = len(runs) > 1
+
+    def draw(axes: Any, run: Run, number: int, kinds: Sequence[tuple[str, str, str]]) -> None:
+        for index, (key, label, line) in enumerate(kinds):
+            points = run.points(key)
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    line,
+                    color=f"C{number if several else index}",
+                    label=f"{run.name}, {label}" if several else label,
+                    marker="." if len(points) < 20 else None,
+                )
+
+    for number, run in enumerate(runs):
+        draw(loss, run, number, [("loss", "training", "-"), ("eval_loss", "validation", "--")])
+        draw(residual, run, number, [("residual", "mean", "-"), ("residual_max", "greatest", ":")])
+        draw(steps, run, number, [("solver_steps", "steps of an example", "-"), ("evaluations", "evaluations of the block", "--")])
+        draw(drift, run, number, [("drift", "drift", "-"), ("nonfinite", "not finite", "--"), ("clamped", "clamped", ":")])
+        draw(speed, run, number, [(key, key.split("_", maxsplit=1)[0], "-") for key in RATES])
+        for index, (layer, values) in enumerate(run.convergence.items()):
+            label = f"{run.name}, {layer}" if several else layer
+            convergence.plot(range(1, len(values) + 1), values, marker=".", label=label, color=f"C{number if several else index}")
+        if run.convergence and run.trained_steps:
+            convergence.axvline(
+                run.trained_steps, color=f"C{number}" if several else "grey", linestyle=":", label=None if several else "in training"
+            )
+    drifts = [value for run in runs for value in run.values("drift")]
+    shares = [statistics.median(run.values("mfu")) for run in runs if run.values("mfu")]
+    loss.set(ylabel="loss", title="Loss")
+    residual.set(ylabel="relative residual", yscale="log", title="Residual in training")
+    steps.set(ylabel="a solve", title="Steps", ylim=(0, None))
+    exact = "" if not drifts else ": 0, every gradient exact" if not any(drifts) else f": up to {max(drifts):g}"
+    drift.set(ylabel="since the last log", title=f"Drift{exact}")
+    used = f", {' and '.join(f'{share:.0%}' for share in shares)} of the matrix rate" if shares else ""
+    speed.set(ylabel="per second", title=f"Throughput{used}", ylim=(0, None))
+    for axes in (loss, residual, steps, drift, speed):
+        axes.set_xlabel("update")
+    convergence.set(xlabel="step of the solve", ylabel="relative residual", yscale="log", title="Convergence after training")
+    for axes in (loss, residual, steps, drift, speed, convergence):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:  # a short run, or a model without fixed points, leaves a panel empty
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The row of a run in the table: last loss, best validation loss, and of the solver's figures the last, greatest or median one as fits; None if unknown."""
+
+    def taken(key: str, choose: Any) -> Any:
+        values = run.values(key)
+        return choose(values) if values else None
+
+    rate = next((key for key in RATES if run.values(key)), RATES[0])
+    memory = taken("peak_memory_bytes", max)
+    return {
+        "updates": max((entry.get("step", 0) for entry in run.history), default=0),
+        "training loss": taken("loss", lambda values: values[-1]),
+        "best validation loss": taken("eval_loss", min),
+        "residual": taken("residual", lambda values: values[-1]),
+        "steps": taken("solver_steps", lambda values: values[-1]),
+        "greatest drift": taken("drift", max),
+        "not finite": taken("nonfinite", sum),
+        "clamped": taken("clamped", sum),
+        rate.replace("_", " "): taken(rate, statistics.median),
+        "share of the matrix rate": taken("mfu", statistics.median),
+        "peak memory (MB)": None if memory is None else memory / 1e6,
+    }
+
+
+def print_runs(runs: Sequence[Run]) -> None:
+    """Prints `summary` of the runs, a column each."""
+    rows = [summary(run) for run in runs]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    print_table(["", *(run.name for run in runs)], [[key, *(row.get(key) for row in rows)] for key in keys])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m revdeq_hf.report", description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="output folder of a training run")
+    parser.add_argument("--output", help="picture to write; default: report.png in the folder, of several folders report.png here")
+    options = parser.parse_args(arguments)
+    names = [Path(folder).name for folder in options.folders]
+    runs = [read_run(folder, folder if names.count(name) > 1 else name) for folder, name in zip(options.folders, names, strict=True)]
+    path = options.output or (Path(options.folders[0]) / "report.png" if len(runs) == 1 else "report.png")
+    plot_runs(runs, path)
+    print_runs(runs)
+    print(f"\nThe figure is in {path}.")
+
+
+if __name__ == "__main__":
+    main()

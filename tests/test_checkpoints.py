@@ -1,0 +1,164 @@
+"""Which checkpoints are whole, which one is gone on from, and what happens where one cannot be written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
+from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_defect, checkpoint_to_resume, last_whole_checkpoint
+
+SMALL = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+ROWS = [{"input_ids": ids, "labels": ids} for ids in torch.randint(32, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()]
+
+
+def trainer(folder, steps: int = 4, **settings) -> ResumableTrainer:
+    more = {name: settings.pop(name) for name in ("save_total_limit", "resume_from_checkpoint") if name in settings}
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", disable_tqdm=True, **more
+    )
+    return ResumableTrainer(RevDEQForCausalLM(RevDEQConfig(**{**SMALL, **settings})), arguments, train_dataset=ROWS)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run with the whole checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer(folder).train()
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin", "config.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
+def test_a_file_cut_short_gives_a_checkpoint_away(run, name, left):
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-4")
+    path = run / "checkpoint-4" / name
+    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    assert name in checkpoint_defect(path.parent)
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", FILES[:5])
+def test_a_missing_file_gives_a_checkpoint_away(run, name):
+    (run / "checkpoint-4" / name).unlink()
+    assert "missing" in checkpoint_defect(run / "checkpoint-4")
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+
+
+def test_a_missing_shard_gives_a_checkpoint_away(run):
+    folder = run / "checkpoint-4"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors, named in" in checkpoint_defect(folder)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", folder / "model-00002-of-00002.safetensors")
+    assert checkpoint_defect(folder) is None
+
+
+def test_the_newest_checkpoint_is_found_by_number_and_other_folders_are_no_checkpoints(run):
+    (run / "checkpoint-4").rename(run / "checkpoint-10")
+    for name in ("checkpoint-12.tmp", "checkpoint-best", "checkpoint-20"):
+        (run / name).mkdir()
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-10")
+
+
+def test_a_new_run_does_not_overwrite_the_checkpoints_of_another(run):
+    arguments = TrainingArguments(str(run), use_cpu=True)
+    with pytest.raises(FileExistsError, match=r"checkpoint-4.*--resume_from_checkpoint true"):
+        checkpoint_to_resume(arguments)
+    for checkpoint in run.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").unlink()
+    assert checkpoint_to_resume(arguments) is None
+
+
+def test_a_half_written_checkpoint_is_not_made_whole_by_writing_over_it(run, monkeypatch):
+    """A kill while checkpoint-4 is written anew must not leave new weights beside the old state."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    again = trainer(run, resume_from_checkpoint=str(run / "checkpoint-2"))
+    monkeypatch.setattr(again, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert (run / "checkpoint-4" / "model.safetensors").exists()
+    assert last_whole_checkpoint(run) == str(run / "checkpoint-2")
+
+
+@pytest.mark.parametrize("settings", [{"hidden_size": 32}, {"beta": 0.7}, {"max_steps": 3}], ids=str)
+def test_a_checkpoint_of_another_model_is_refused_before_a_step(run, settings):
+    other = trainer(run, steps=6, **settings)
+    other.training_step = lambda *_, **__: pytest.fail("a step was computed")
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=f"{name} .* instead of {value}"):
+        other.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+
+
+def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    kept = trainer(tmp_path, steps=6, save_total_limit=1)
+    save = type(kept)._save_rng_state
+    seen = []
+
+    def look(self, folder):
+        save(self, folder)
+        seen.append(last_whole_checkpoint(tmp_path))
+
+    monkeypatch.setattr(type(kept), "_save_rng_state", look)
+    kept.train()
+    assert seen == [None, str(tmp_path / "checkpoint-2"), str(tmp_path / "checkpoint-4")]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+CODE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_checkpoints import trainer
+trainer(sys.argv[2], steps=int(sys.argv[3]), save_total_limit=1).train(resume_from_checkpoint=sys.argv[4] if len(sys.argv) > 4 else None)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the size of another process's files")
+@pytest.mark.parametrize("limit", [8_000, 20_000], ids=["weights", "optimizer"])
+def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(tmp_path, limit):
+    """The kernel refuses to write more than `limit` bytes to a file once checkpoint-2 is there, as a full disk would."""
+    import resource
+
+    command = [sys.executable, "-c", CODE, str(Path(__file__).parent), str(tmp_path), "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (whole := last_whole_checkpoint(tmp_path)):
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.01)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    _, errors = process.communicate(timeout=120)
+    whole = Path(last_whole_checkpoint(tmp_path))
+    sizes = {name: (whole / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")}
+    assert (sizes["model.safetensors"] < limit) == (limit == 20_000), sizes
+    assert sizes["optimizer.pt"] > limit, sizes
+    assert process.returncode == 1
+    told = errors.strip().splitlines()[-1]
+    assert "could not be written" in told
+    assert repr(str(whole)) in told
+    assert "--resume_from_checkpoint true" in told
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [whole.name]  # the torn one makes room
+    more = str(int(whole.name.rsplit("-")[-1]) + 4)
+    subprocess.run([*command[:-1], more, str(whole)], check=True, capture_output=True, env=dict(os.environ))
+    assert last_whole_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{more}")
