@@ -41,6 +41,7 @@ class Variant:
         kernel: of the depthwise convolution.
         act: "relu", "gelu" or "silu".
         zero: whether the last convolution of the block starts at 0.
+        steps: of each stage, as many in sum.
         tuple: whether all stages are one state of several resolutions, which see one another in every evaluation, solved together.
         explicit: a residual network: "same parameters", each block once; "same evaluations", as many blocks of their own as the loop evaluates; "": a loop.
     """
@@ -52,6 +53,7 @@ class Variant:
     kernel: int = 3
     act: str = "relu"
     zero: bool = False
+    steps: "tuple[int, ...]" = (STEPS,) * len(SIZES)
     tuple: bool = False
     explicit: str = ""
 
@@ -71,7 +73,16 @@ VARIANTS: dict[str, Variant] = {
     "mixer 3": Variant(form="mixer", act="gelu"),
     "mixer 5": Variant(form="mixer", act="gelu", kernel=5),
     "mixer 7": Variant(form="mixer", act="gelu", kernel=7),
+    "mixer 3, zero": Variant(form="mixer", act="gelu", kernel=3, zero=True),
     "mixer 5, zero": Variant(form="mixer", act="gelu", kernel=5, zero=True),
+    "mixer 7, zero": Variant(form="mixer", act="gelu", kernel=7, zero=True),
+    "mixer 5, zero, relu": Variant(form="mixer", kernel=5, zero=True),
+    "mixer 5, zero, silu": Variant(form="mixer", act="silu", kernel=5, zero=True),
+    "mixer 5, zero, add": Variant(form="mixer", act="gelu", kernel=5, zero=True, inject="add"),
+    "mixer 5, zero, x skip": Variant(form="mixer", act="gelu", kernel=5, zero=True, skip="x"),
+    "mixer 5, zero, 1 and 3 steps": Variant(form="mixer", act="gelu", kernel=5, zero=True, steps=(1, 3)),
+    "mixer 5, zero, 3 and 1 steps": Variant(form="mixer", act="gelu", kernel=5, zero=True, steps=(3, 1)),
+    "mixer 5, zero, tuple": Variant(form="mixer", act="gelu", kernel=5, zero=True, tuple=True),
     "pre, tuple": Variant(tuple=True),
     "explicit, same parameters": Variant(explicit="same parameters"),
     "explicit, same evaluations": Variant(explicit="same evaluations"),
@@ -149,28 +160,29 @@ class StudyModel(nn.Module):
         self.variant = variant
         self.stem = nn.Sequential(nn.Conv2d(3, SIZES[0], 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(SIZES[0]), nn.ReLU())
         self.downsamples = nn.ModuleList(RevDEQVisionDownsample(a, b, 1e-5) for a, b in zip(SIZES, SIZES[1:], strict=False))
-        settings: dict[str, Any] = dict(beta=BETA, max_steps=STEPS, gradient="backprop")  # the gradients of reversal, bit for bit
+        settings: dict[str, Any] = dict(beta=BETA, gradient="backprop")  # the gradients of reversal, bit for bit
         if variant.explicit:
             count = 2 * STEPS if variant.explicit == "same evaluations" else 1
             self.stages = nn.ModuleList(
                 nn.ModuleList(StudyBlock(size, width, variant) for _ in range(count)) for size, width in zip(SIZES, hidden, strict=True)
             )
         elif variant.tuple:
-            self.stages = nn.ModuleList([ReversibleFixedPoint(TupleBlock(SIZES, hidden, variant), **settings)])
+            self.stages = nn.ModuleList([ReversibleFixedPoint(TupleBlock(SIZES, hidden, variant), max_steps=STEPS, **settings)])
         else:
             self.stages = nn.ModuleList(
-                ReversibleFixedPoint(StudyBlock(size, width, variant), **settings) for size, width in zip(SIZES, hidden, strict=True)
+                ReversibleFixedPoint(StudyBlock(size, width, variant), max_steps=steps, **settings)
+                for size, width, steps in zip(SIZES, hidden, variant.steps, strict=True)
             )
         self.classifier = nn.Linear(SIZES[-1], classes)
 
-    def forward(self, images: torch.Tensor, max_steps: int | None = None) -> tuple[torch.Tensor, list[Any]]:
-        """images (batch, 3, height, width); returns logits and the solutions."""
+    def forward(self, images: torch.Tensor, depth: float = 1.0) -> tuple[torch.Tensor, list[Any]]:
+        """images (batch, 3, height, width), solved in `depth` times as many steps as in training, at least 1; returns logits and the solutions."""
         h, solutions = self.stem(images), []
         if self.variant.tuple:
             parts = [h]
             for downsample in self.downsamples:
                 parts.append(downsample(parts[-1]))
-            solution = self.stages[0](tuple(parts), max_steps=max_steps)
+            solution = self.stages[0](tuple(parts), max_steps=round(depth * STEPS))
             return self.classifier((parts[-1] + solution.z[-1]).mean((-2, -1))), [solution]
         for index, stage in enumerate(self.stages):
             if index:
@@ -179,7 +191,7 @@ class StudyModel(nn.Module):
                 for block in cast(nn.ModuleList, stage):
                     h = block(None, h)
             else:
-                solutions.append(stage(h, max_steps=max_steps))
+                solutions.append(stage(h, max_steps=max(1, round(depth * self.variant.steps[index]))))
                 h = h + solutions[-1].z
         return self.classifier(h.mean((-2, -1))), solutions
 
@@ -236,14 +248,14 @@ def evaluate(model: StudyModel, images: torch.Tensor, labels: torch.Tensor) -> d
     model.eval()
     looped = not model.variant.explicit
     found: dict[str, Any] = {}
-    names = {"accuracy_half": STEPS // 2, "accuracy": STEPS, "accuracy_double": 2 * STEPS, "accuracy_quadruple": 4 * STEPS}
-    for name, steps in names.items():
+    names = {"accuracy_half": 0.5, "accuracy": 1.0, "accuracy_double": 2.0, "accuracy_quadruple": 4.0}
+    for name, depth in names.items():
         if not looped and name != "accuracy":
             found[name] = ""
             continue
         right, loss, residual = 0, 0.0, 0.0
         for part, target in zip(images.split(250), labels.split(250), strict=True):
-            logits, solutions = model(as_input(part), max_steps=steps)
+            logits, solutions = model(as_input(part), depth=depth)
             right += int((logits.argmax(-1) == target).sum())
             loss += functional.cross_entropy(logits, target, reduction="sum").item() / len(labels)
             residual += sum(s.residual.sum().item() for s in solutions) / max(1, len(solutions)) / len(labels)
@@ -255,7 +267,7 @@ def evaluate(model: StudyModel, images: torch.Tensor, labels: torch.Tensor) -> d
     if looped:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            looks = cast(dict[str, Diagnosis], diagnose(model, as_input(images[:8]), max_steps=4 * STEPS)).values()
+            looks = cast(dict[str, Diagnosis], diagnose(model, as_input(images[:8]), depth=4.0)).values()
         found["spectral_radius"] = round(max(look.spectral_radius.max().item() for look in looks), 3)
         stages = cast(list[ReversibleFixedPoint], list(model.stages))
         for stage in stages:
