@@ -59,11 +59,11 @@ from transformers.trainer_callback import ExportableState
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
     fixed_point_layers,
     peak_memory,
-    plot_training,
     print_table,
     residual_curve,
 )
@@ -113,6 +113,9 @@ class ImageTrainingArguments(TrainingArguments):
     save_steps: float = field(default=200, metadata={"help": "Updates between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     dataloader_pin_memory: bool = field(default=torch.accelerator.is_available(), metadata={"help": "Pin host memory for faster copies."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP looks for parameters without gradient; there are none."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the pixel column, so columns stay."})
     one_cycle: bool = field(
         default=False,
@@ -530,7 +533,6 @@ def stage_figures(model: torch.nn.Module, predictions: Any) -> dict[str, dict[st
 def report(results: dict, trainer: Trainer, pixels: Pixels, evaluation: datasets.Dataset, predicted: Any, found: dict) -> None:
     """Writes results.json and the figures to the output folder and prints the table."""
     folder = Path(trainer.args.output_dir)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_fsdp_enabled:  # one rank alone cannot run a model in shards
         model = AutoModelForImageClassification.from_pretrained(folder).to(trainer.args.device)
@@ -541,16 +543,18 @@ def report(results: dict, trainer: Trainer, pixels: Pixels, evaluation: datasets
     shown = dict(zip(wrong, pixels.array([evaluation[row] for row in wrong]), strict=True)) if wrong else {}
     plot_evaluation(logits, labels, list(model.config.id2label.values()), shown, found, folder / "evaluation.png")
 
-    curves, steps = {}, 1
+    run = Run(folder.name, trainer.state.log_history, results=results)
     layers = fixed_point_layers(model)
     if layers:
         steps = layers[0][1].max_steps
         some = pixels.array([evaluation[row] for row in spread(len(evaluation), 64)])
         values = pixels.normalised(some).to(model.device)
-        curves = residual_curve(model, {"pixel_values": values}, 4 * steps)
+        run.trained_steps, run.convergence = steps, residual_curve(model, {"pixel_values": values}, 4 * steps)
+        results["convergence"] = {"trained_steps": steps, "residuals": run.convergence}
         few = spread(len(some), 6)
         plot_fixed_point(model, values[few], some[few], min(2 * steps, 12), steps, folder / "fixed_point.png")
-    plot_training(trainer.state.log_history, curves, steps, folder / "training.png")
+    plot_runs([run], folder / "training.png")
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     rows = [[key.replace("_", " "), value] for key, value in results.items() if not isinstance(value, dict | list)]
     for name, figures in results["stages"].items():

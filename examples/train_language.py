@@ -49,12 +49,12 @@ from transformers import (
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
     TextScores,
     fixed_point_layers,
     peak_memory,
-    plot_training,
     print_table,
     residual_curve,
     text_size,
@@ -149,6 +149,9 @@ class LanguageTrainingArguments(TrainingArguments):
     save_steps: float = field(default=200, metadata={"help": "Updates between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     dataloader_pin_memory: bool = field(default=torch.accelerator.is_available(), metadata={"help": "Pin host memory for faster copies."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "DDP looks for parameters without gradient; there are none."}
+    )
 
 
 def standard_library_rows(split: str, version: str, folder: str) -> Iterator[dict[str, str]]:
@@ -541,10 +544,12 @@ def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
     if trainer.is_fsdp_enabled:  # one rank alone cannot run a model in shards
         model = AutoModelForCausalLM.from_pretrained(folder).to(trainer.args.device)
     layers = fixed_point_layers(model)
+    run = Run(folder.name, trainer.state.log_history, results=results)
     if layers:
-        steps = int(layers[0][1].max_steps)
-        curve = residual_curve(model, {"input_ids": torch.tensor([ids], device=model.device)}, 4 * steps)
-        plot_training(trainer.state.log_history, curve, steps, folder / "training.png")
+        run.trained_steps = int(layers[0][1].max_steps)
+        run.convergence = residual_curve(model, {"input_ids": torch.tensor([ids], device=model.device)}, 4 * run.trained_steps)
+        results["convergence"] = {"trained_steps": run.trained_steps, "residuals": run.convergence}
+    plot_runs([run], folder / "training.png")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     model.eval()

@@ -136,6 +136,12 @@ class ResumableTrainer(Trainer):
             raise ValueError(
                 "fp16 needs a gradient scaler, which accelerate has for accelerators only; on the CPU use --bf16 true instead of --fp16"
             )
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.args.world_size != started:
+            raise ValueError(
+                f"{started} processes were started, but each would train by itself into {self.args.output_dir!r} (world size {self.args.world_size}); on "
+                "CPUs add --use_cpu true"
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         if isinstance(resume_from_checkpoint, str):

@@ -121,13 +121,16 @@ def plot_runs(runs: Sequence[Run], path: "str | os.PathLike") -> None:
     convergence.set(xlabel="step of the solve", ylabel="relative residual", yscale="log", title="Convergence after training")
     for axes in (loss, residual, steps, drift, speed, convergence):
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:  # a short run, or a model without fixed points, leaves a panel empty
+        if axes.lines:
             axes.legend(fontsize="small")
+        else:  # a short run, or a model without fixed points
+            axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", color="grey")
+            axes.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=120)
 
 
 def summary(run: Run) -> dict[str, Any]:
-    """The row of a run in the table: last loss, best validation loss, and of the solver's figures the last, greatest or median one as fits; None if unknown."""
+    """The row of a run in the table: last losses, and of the solver's figures the last, greatest or median one as fits; None if unknown."""
 
     def taken(key: str, choose: Any) -> Any:
         values = run.values(key)
@@ -138,7 +141,7 @@ def summary(run: Run) -> dict[str, Any]:
     return {
         "updates": max((entry.get("step", 0) for entry in run.history), default=0),
         "training loss": taken("loss", lambda values: values[-1]),
-        "best validation loss": taken("eval_loss", min),
+        "validation loss": run.results.get("validation_loss", run.results.get("loss", taken("eval_loss", lambda values: values[-1]))),
         "residual": taken("residual", lambda values: values[-1]),
         "steps": taken("solver_steps", lambda values: values[-1]),
         "greatest drift": taken("drift", max),

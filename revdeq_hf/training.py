@@ -1,7 +1,6 @@
-"""What a training script needs around transformers' Trainer: a callback that logs the solver, text scores, figures."""
+"""What a training script needs around transformers' Trainer: a callback that logs the solver, text scores, counts and tables."""
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -42,7 +41,8 @@ class RevDEQCallback(TrainerCallback):
 
     Args:
         on_divergence: what to do at a log when a loss or a value of the block was not finite, or when the mean residual is above 0.1 and 10 times the
-            smallest one logged, twice in a row (not judged where steps are drawn). "warn" explains it in a warning, once; "stop" also ends the training; "lower_lr" also halves the
+            smallest one logged, twice in a row (not judged where steps are drawn).
+            "warn" explains it in a warning, once; "stop" also ends the training; "lower_lr" also halves the
             learning rates, at every such log; "ignore" does nothing.
         probe: arguments of the model for a small batch, e.g. `{"input_ids": ids}`; the explanation then has the spectral radius of each layer, from
             `diagnose`, which costs some solves of that batch when training diverges and nothing before.
@@ -57,6 +57,7 @@ class RevDEQCallback(TrainerCallback):
             raise ValueError(f"on_divergence must be one of {', '.join(map(repr, DIVERGENCE))}, got {on_divergence!r}")
         self.on_divergence, self.probe, self.peak_flops = on_divergence, probe, peak_flops
         self._layers: list[tuple[str, ReversibleFixedPoint]] = []
+        self._resting = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs) -> None:
         self._layers = fixed_point_layers(model) if model is not None else []
@@ -80,13 +81,9 @@ class RevDEQCallback(TrainerCallback):
         now = time.perf_counter()
         if self._began is None:
             self._began = self._ended = now
-        if control.should_evaluate or control.should_save:
-            return
         if self._resting:  # an evaluation or a checkpoint came between two updates
             self._paused += now - self._ended
             self._resting = False
-
-    _resting = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self._resting = True
@@ -366,45 +363,6 @@ def residual_curve(model: nn.Module, inputs: dict[str, torch.Tensor], steps: int
     finally:
         model.train(was_training)
     return curves
-
-
-def plot_training(history: list[dict[str, Any]], curves: dict[str, list[float]], trained_steps: int, path: str | os.PathLike) -> None:
-    """Draws loss and residual over training, and the residual over the steps of a solve, to a PNG file. Needs matplotlib.
-
-    Args:
-        history: the Trainer's `state.log_history`.
-        curves: what `residual_curve` returns.
-        trained_steps: steps of a solve in training, marked in the last panel.
-        path: file to write.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, residual, convergence = figure.subplots(1, 3)
-    for key, label in (("loss", "training"), ("eval_loss", "validation")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
-        if points:
-            loss.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 20 else None)
-    loss.set(xlabel="update", ylabel="loss", title="Loss")
-    for key, label in (("residual", "mean"), ("residual_max", "greatest")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            residual.plot(*zip(*points, strict=True), label=label)
-    drifts = [entry["drift"] for entry in history if "drift" in entry]
-    worst = f", greatest drift {max(drifts):g}" if drifts else ""
-    residual.set(xlabel="update", ylabel="relative residual", yscale="log", title=f"Residual in training{worst}")
-    for name, values in curves.items():
-        convergence.plot(range(1, len(values) + 1), values, marker=".", label=name)
-    if curves:
-        convergence.axvline(trained_steps, color="grey", linestyle=":", label="steps in training")
-    convergence.set(xlabel="step of the solve", ylabel="relative residual", yscale="log", title="Convergence after training")
-    for axes in (loss, residual, convergence):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:  # a short run, or a model without fixed points, leaves a panel empty
-            axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
 
 
 def peak_memory() -> int | None:

@@ -1,0 +1,218 @@
+"""What the callback logs is right, its cost is small, and the report draws it."""
+
+import json
+import math
+import time
+import warnings
+
+import pytest
+import torch
+from conftest import awake
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from revdeq_hf import (
+    RevDEQConfig,
+    RevDEQForCausalLM,
+    RevDEQForImageClassification,
+    RevDEQForTokenClassification,
+    RevDEQVisionConfig,
+    ReversibleFixedPoint,
+)
+from revdeq_hf.flops import training_flops
+from revdeq_hf.report import Run, main, plot_runs, read_run, summary
+from revdeq_hf.training import RevDEQCallback
+
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_steps=3)
+ROWS = [{"input_ids": [(7 * i + j) % 64 for j in range(9)], "labels": [(7 * i + j) % 64 for j in range(9)]} for i in range(16)]
+
+
+def text_model(**settings) -> RevDEQForCausalLM:
+    return awake(RevDEQForCausalLM(RevDEQConfig(**{**SMALL, **settings})))
+
+
+def train(model: nn.Module, folder, callback: RevDEQCallback, more: tuple[TrainerCallback, ...] = (), **settings) -> Trainer:
+    arguments = dict(
+        output_dir=str(folder),
+        max_steps=6,
+        logging_steps=2,
+        per_device_train_batch_size=4,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=True,
+    )
+    trainer = Trainer(model=model, args=TrainingArguments(**{**arguments, **settings}), train_dataset=ROWS, eval_dataset=ROWS)
+    trainer.callback_handler.callbacks[:0] = [callback, *more]
+    trainer.train()
+    trainer.save_state()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(num_prelude_layers=1, num_coda_layers=1, num_block_layers=2, num_key_value_heads=2, tie_word_embeddings=False),
+        dict(block_type="paper", hidden_act="gelu_pytorch_tanh"),
+    ],
+    ids=["modern", "grouped heads, prelude and coda", "paper"],
+)
+def test_flops_of_a_text_model_are_those_that_torch_counts(settings):
+    config = RevDEQConfig(**{**SMALL, **settings}, attn_implementation="eager")  # torch does not count the CPU's fused attention
+    for kind in (RevDEQForCausalLM, RevDEQForTokenClassification):
+        model = kind(config).train()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=torch.randint(0, 64, (3, 17)))
+        assert training_flops(model) == 3 * counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[1, 2], max_steps=[3, 2]), (33, 31)),
+        (RevDEQVisionConfig.paper_cifar10_singlescale(), (32, 32)),
+    ],
+    ids=["two stages", "single scale"],
+)
+def test_flops_of_an_image_model_are_those_that_torch_counts(config, size):
+    model = RevDEQForImageClassification(config).train()
+    assert training_flops(model) == 0  # nothing has run
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(2, 3, *size))
+    assert training_flops(model) == 3 * counter.get_total_flops() > 0
+    assert training_flops(nn.Linear(2, 2)) == 0
+
+
+def test_logged_figures_are_those_of_the_solves(tmp_path):
+    trainer = train(text_model(), tmp_path, RevDEQCallback(peak_flops=1e12), gradient_accumulation_steps=2)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 3
+    for entry in logs:
+        assert entry["drift"] == entry["nonfinite"] == entry["clamped"] == 0
+        assert entry["solver_steps"] == 3
+        assert entry["evaluations"] == 6
+        assert 0 < entry["residual"] <= entry["residual_max"]
+        assert entry["peak_memory_bytes"] > 0
+        assert entry["mfu"] == pytest.approx(entry["flops_per_second"] / 1e12)
+    # 2 updates of 2 micro-batches of 4 rows of 9 tokens: operations and tokens are of the same seconds
+    assert training_flops(trainer.model) / 36 == pytest.approx(logs[-1]["flops_per_second"] / logs[-1]["tokens_per_second"])
+
+
+def test_seconds_of_evaluation_are_not_seconds_of_training(tmp_path):
+    class Slow(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            time.sleep(1.0)
+
+    callback, slow = RevDEQCallback(peak_flops=0), Slow()
+    settings = dict(eval_strategy="steps", eval_steps=2, logging_steps=6)
+    began = time.perf_counter()
+    trainer = train(text_model(), tmp_path, callback, (slow,), **settings)
+    assert time.perf_counter() - began > 3  # three evaluations
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 6 * 36 / entry["tokens_per_second"] < 1.9  # two of them came between the updates of this log
+    assert "mfu" not in entry
+
+
+def test_divergence_is_explained_once_and_stops_if_asked(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    next(model.model.solve.block.parameters()).fill_(math.nan)
+
+    with pytest.warns(
+        UserWarning, match=r"diverges at update 4: the block of 'model.solve' was not finite in .* first at step 1 .*radius"
+    ) as caught:
+        trainer = train(
+            text_model(), tmp_path, RevDEQCallback("stop", probe={"input_ids": torch.arange(18).view(2, 9)}, peak_flops=0), (Poison(),)
+        )
+    assert sum("diverges" in str(warning.message) for warning in caught) == 1
+    assert trainer.state.global_step == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        trainer = train(text_model(), tmp_path, RevDEQCallback("ignore", peak_flops=0), (Poison(),))
+    assert trainer.state.global_step == 6
+    with pytest.raises(ValueError, match="on_divergence"):
+        RevDEQCallback("explode")
+
+
+def test_a_rising_residual_halves_the_learning_rate_if_asked(tmp_path):
+    class Calm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(0.01))
+            self.read = nn.Linear(4, 1)
+            self.solve = ReversibleFixedPoint(_Turn(self.gain), beta=0.9, max_steps=6)
+
+        def forward(self, input_ids, labels=None):
+            z = self.solve(input_ids.float()[:, :4] / 64).z
+            return {"loss": self.read(z).square().mean()}
+
+    model = Calm()
+    with pytest.warns(UserWarning, match="mean residual rises"):
+        trainer = train(
+            model,
+            tmp_path,
+            RevDEQCallback("lower_lr", peak_flops=0),
+            (_Set(model),),
+            max_steps=10,
+            lr_scheduler_type="constant",
+            learning_rate=1e-6,
+        )
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates[0] == 1e-6
+    assert rates[-1] < 1e-6
+
+
+class _Turn(nn.Module):
+    def __init__(self, gain: nn.Parameter) -> None:
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, z, x):
+        return self.gain * z.flip(-1) + x
+
+
+class _Set(TrainerCallback):
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                self.model.gain.fill_(-1.2)
+
+
+def test_drawn_steps_raise_no_alarm(tmp_path):
+    model = text_model(steps_sampling={"distribution": "uniform", "min_steps": 1, "max_steps": 8})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(model, tmp_path, RevDEQCallback("stop", peak_flops=0), logging_steps=1, max_steps=60)
+
+
+def test_report_draws_a_run_and_compares_two(tmp_path, capsys):
+    train(text_model(), tmp_path / "a", RevDEQCallback(), max_steps=4)
+    train(text_model(max_steps=2), tmp_path / "b", RevDEQCallback(), max_steps=4)
+    (tmp_path / "a" / "results.json").write_text(
+        json.dumps({"validation_loss": 1.25, "convergence": {"trained_steps": 3, "residuals": {"model.solve": [1.0, 0.1]}}})
+    )
+    main([str(tmp_path / "a")])
+    assert (tmp_path / "a" / "report.png").read_bytes().startswith(b"\x89PNG")
+    main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "both.png")])
+    printed = capsys.readouterr().out
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert "greatest drift" in printed
+    run = read_run(tmp_path / "a")
+    assert (run.trained_steps, run.convergence) == (3, {"model.solve": [1.0, 0.1]})
+    row = summary(run)
+    assert (row["updates"], row["validation loss"], row["steps"], row["greatest drift"]) == (4, 1.25, 3, 0)
+    assert row["training loss"] == run.values("loss")[-1]
+    with pytest.raises(FileNotFoundError, match="output_dir"):
+        read_run(tmp_path)
+
+
+def test_report_of_a_run_without_figures_has_empty_panels(tmp_path):
+    plot_runs([Run("nothing", [{"loss": 1.0, "step": 1}, {"train_runtime": 3.0}])], tmp_path / "report.png")
+    assert (tmp_path / "report.png").is_file()
