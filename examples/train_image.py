@@ -113,6 +113,9 @@ class ImageTrainingArguments(TrainingArguments):
     save_steps: float = field(default=200, metadata={"help": "Updates between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     dataloader_pin_memory: bool = field(default=torch.accelerator.is_available(), metadata={"help": "Pin host memory for faster copies."})
+    report_to: str = field(
+        default="tensorboard", metadata={"help": "Where figures are sent too: tensorboard, wandb, trackio, ... or none."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "DDP looks for parameters without gradient; there are none."}
     )

@@ -100,6 +100,18 @@ def test_logged_figures_are_those_of_the_solves(tmp_path):
     assert training_flops(trainer.model) / 36 == pytest.approx(logs[-1]["flops_per_second"] / logs[-1]["tokens_per_second"])
 
 
+def test_tensorboard_has_the_figures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = train(text_model(), tmp_path, RevDEQCallback(peak_flops=0), report_to="tensorboard")
+    (file,) = tmp_path.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file)).Reload()
+    drawn = {event.step: event.value for event in events.Scalars("train/residual")}
+    logged = {entry["step"]: entry["residual"] for entry in trainer.state.log_history if "loss" in entry}
+    assert drawn == pytest.approx(logged)
+    assert {"train/drift", "train/tokens_per_second", "train/solver_steps"} <= set(events.Tags()["scalars"])
+
+
 def test_seconds_of_evaluation_are_not_seconds_of_training(tmp_path):
     class Slow(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):
