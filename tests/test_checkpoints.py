@@ -110,6 +110,14 @@ def test_a_checkpoint_of_another_model_is_refused_before_a_step(run, settings):
         other.train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    assert arguments.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")  # what a launcher sets that the arguments have not heard of
+    with pytest.raises(ValueError, match="2 processes were started"):
+        ResumableTrainer(RevDEQForCausalLM(RevDEQConfig(**SMALL)), arguments, train_dataset=ROWS)
+
+
 def test_older_checkpoints_go_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
     kept = trainer(tmp_path, steps=6, save_total_limit=1)
     save = type(kept)._save_rng_state
