@@ -6,6 +6,8 @@ python benchmarks/callback.py
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,19 +24,13 @@ class Timed(RevDEQCallback):
     def __init__(self) -> None:
         super().__init__()
         self.seconds = 0.0
+        for name in ("on_step_begin", "on_substep_end", "on_step_end", "on_log"):
+            setattr(self, name, partial(self.timed, getattr(self, name)))
 
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if not name.startswith("on_") or name in ("on_train_begin", "on_divergence"):
-            return found
-
-        def timed(*arguments: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
-            result = found(*arguments, **kwargs)
-            self.seconds += time.perf_counter() - began
-            return result
-
-        return timed
+    def timed(self, hook: Callable[..., None], *arguments: Any, **kwargs: Any) -> None:
+        began = time.perf_counter()
+        hook(*arguments, **kwargs)
+        self.seconds += time.perf_counter() - began
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def main() -> None:
                     block, beta=options.beta, max_steps=steps, **{**settings, "keep_evaluations": steps if kept == -1 else kept}
                 )
                 z = layer(x, position_embeddings=rotary).z
-        held = memory.alive() if memory is not None else 0
+        held = memory.alive if memory is not None else 0
         z.float().square().mean().backward()
         if settings is not None and settings["gradient"] == "reversible":
             last_drift = torch.maximum(last_drift, layer.drift.cpu())

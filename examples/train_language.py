@@ -157,6 +157,11 @@ class LanguageTrainingArguments(TrainingArguments):
     )
 
 
+def twentieth(text: str) -> int:
+    """A number from 0 to 19 that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:4], "big") % 20
+
+
 def standard_library_rows(split: str, version: str, folder: str) -> Iterator[dict[str, str]]:
     """Files of Python's standard library, without its tests and tables. A hash of the text decides the split: equal files are in the same one."""
     del version  # part of the cache key
@@ -168,8 +173,7 @@ def standard_library_rows(split: str, version: str, folder: str) -> Iterator[dic
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a handful of files in other encodings
-        bucket = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:4], "big") % 20
-        if text and split == {0: "test", 1: "validation"}.get(bucket, "train"):
+        if text and split == {0: "test", 1: "validation"}.get(twentieth(text), "train"):
             yield {"text": text, "path": "/".join(parts)}
 
 
@@ -249,8 +253,7 @@ def first_rows(loaded: dict, data: DataArguments) -> tuple[dict[str, datasets.Da
 
 def held_out(row: dict, column: str, wanted: bool = True) -> bool:
     """Whether a hash of the text puts a row into the twentieth that is not trained on: any part of a stream decides it by itself."""
-    digest = hashlib.sha256((row.get(column) or "").encode("utf-8")).digest()
-    return (int.from_bytes(digest[:4], "big") % 20 == 1) == wanted
+    return (twentieth(row.get(column) or "") == 1) == wanted
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -319,7 +322,8 @@ class Stream(torch.utils.data.IterableDataset):
     """Endless training sequences from a stream of rows: each of its passes is shuffled anew, within `buffer` sequences.
 
     Nothing but the seed decides the order, so a resumed run finds its place by reading the stream again up to there. Dataloader workers share
-    the stream's shards (its files).
+    the stream's shards (its files). (`IterableDataset.shuffle(...).repeat()` of datasets gives every pass the same order, and before packing it would
+    tear texts apart.)
     """
 
     def __init__(self, rows: datasets.IterableDataset, sequences: Callable[[], Callable], buffer: int, seed: int) -> None:

@@ -5,6 +5,7 @@ from torch import nn
 
 from .block_revdeq import RevDEQAttention
 from .layer_revdeq import ReversibleFixedPoint, fixed_point_layers
+from .modeling_revdeq import RevDEQPreTrainedModel
 from .modeling_revdeq_vision import RevDEQVisionNetwork
 
 
@@ -36,7 +37,7 @@ def training_flops(model: nn.Module) -> int:
         total += sum(_products(part, shape) for part, shape in zip(network.downsamples, shapes[1:], strict=True))
         shape = torch.Size((shapes[0][0], 1))  # the classifier, on pooled features
         total += sum(_product(module, shape) for module in outside if isinstance(module, nn.Linear))
-    elif hasattr(model, "config"):
+    elif any(isinstance(module, RevDEQPreTrainedModel) for module in outside):
         total += sum(_product(module, shapes[0]) for module in outside)
     return 3 * total
 

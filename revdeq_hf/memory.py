@@ -11,7 +11,6 @@ import copy
 import json
 import math
 import re
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +20,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.optimization import Adafactor
 
 from .configuration_revdeq import RevDEQConfig, RevDEQVisionConfig
 from .modeling_revdeq import RevDEQForCausalLM
 from .modeling_revdeq_vision import RevDEQForImageClassification
-from .training import print_table
+from .training import LiveBytes, print_table
 
 PRECISIONS = ("fp32", "bf16", "fp16", "pure_bf16")  # float32; mixed precision by autocast; weights, gradients and all else in bfloat16
 # as TrainingArguments(optim=...) names them, with Trainer's settings where they change what is kept
@@ -236,19 +234,16 @@ def advise(
     return Advice(tuple(entries), best.plan.gradient, best.largest_batch)
 
 
-class _Counter(TorchDispatchMode):
-    """Counts the bytes of the tensors alive that were made while it is on, and lets a step run on tensors without data.
+class _Counter(LiveBytes):
+    """Lets a step run on tensors without data, and counts what it takes, with the room of kernels.
 
     Attributes:
-        alive, peak: bytes now, and the most at once.
         phase, peak_phase: what is going on, and what was at the peak.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = 0
         self.phase = self.peak_phase = ""
-        self._storages: dict[int, tuple[int, weakref.ref]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -262,22 +257,9 @@ class _Counter(TorchDispatchMode):
             return True if args[0].dtype == torch.bool else 0  # examples still to solve; a drift, or values clamped
         else:
             out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._see(tensor.untyped_storage())
-        now = self.alive + _scratch(func, args, out)
-        if now > self.peak:
-            self.peak, self.peak_phase = now, self.phase
+        if self.see(out, _scratch(func, args, out)):
+            self.peak_phase = self.phase
         return out
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._storages:
-            self._storages[key] = size, weakref.ref(storage, lambda _: self._forget(key))
-            self.alive += size
-
-    def _forget(self, key: int) -> None:
-        self.alive -= self._storages.pop(key)[0]
 
 
 def _scratch(func: Any, args: tuple, out: Any) -> int:

@@ -3,7 +3,9 @@
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import datasets
@@ -11,17 +13,16 @@ import evaluate
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .diagnostics import Diagnosis, diagnose
 from .flops import training_flops
-from .layer_revdeq import ReversibleFixedPoint, fixed_point_layers
+from .layer_revdeq import ReversibleFixedPoint, SolveStatistics, fixed_point_layers
 
 DIVERGENCE = ("ignore", "warn", "stop", "lower_lr")
-_SUMS = ("rows", "residual", "steps", "clamped", "nonfinite")
+_SUMS = ("rows", "residual", "steps", "clamped", "nonfinite")  # of a layer since the last log
 
 
 class RevDEQCallback(TrainerCallback):
@@ -71,7 +72,7 @@ class RevDEQCallback(TrainerCallback):
 
     def _clear(self) -> None:
         self._sums: torch.Tensor | None = None  # (layers, sums), added up on the device
-        self._peaks: torch.Tensor | None = None  # (layers, residual, drift and non-finite evaluations of one row)
+        self._peaks: torch.Tensor | None = None  # (layers, [residual, drift, `_earliest_bad`])
         self._evaluations = self._solves = self._items = 0
         self._flops = self._paused = 0.0
         self._began: float | None = None
@@ -105,9 +106,9 @@ class RevDEQCallback(TrainerCallback):
             if figures is None or figures.residual is None:
                 return
             residual = figures.residual.detach()
-            counted = (residual, figures.steps, figures.clamped, figures.nonfinite)
-            sums.append(torch.stack([residual.new_tensor(0.0) + residual.numel(), *(part.sum().to(residual.dtype) for part in counted)]))
-            peaks.append(torch.stack([residual.max(), layer.drift.to(residual.device), figures.nonfinite.max().to(residual.dtype)]))
+            counted = (torch.ones_like(residual), residual, figures.steps, figures.clamped, figures.nonfinite)
+            sums.append(torch.stack([part.sum().to(residual.dtype) for part in counted]))
+            peaks.append(torch.stack([residual.max(), layer.drift.to(residual.device), _earliest_bad(figures).to(residual.dtype)]))
             self._evaluations, self._solves = self._evaluations + figures.evaluations, self._solves + 1
         if not sums:
             return
@@ -158,23 +159,19 @@ class RevDEQCallback(TrainerCallback):
         logs.update(figures)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)  # Trainer has appended its copy already
-        evaluations = self._evaluations / self._solves
         self._clear()
-        reasons = self._reasons(logs["loss"], figures["residual"], table, highest, evaluations)
+        reasons = self._reasons(logs["loss"], figures["residual"], table, highest)
         if reasons and self.on_divergence != "ignore":
             self._act(args, state, control, model, reasons, **kwargs)
 
-    def _reasons(
-        self, loss: float, residual: float, table: list[dict[str, float]], highest: list[list[float]], evaluations: float
-    ) -> list[str]:
+    def _reasons(self, loss: float, residual: float, table: list[dict[str, float]], highest: list[list[float]]) -> list[str]:
         """What speaks for divergence: sentences, none where all is well. The same on all ranks."""
         found = []
-        for (name, _), row, (_, _, worst) in zip(self._layers, table, highest, strict=True):
+        for (name, _), row, (_, _, bad) in zip(self._layers, table, highest, strict=True):
             if row["nonfinite"]:
-                latest = int(evaluations - worst) // 2 + 1
                 found.append(
-                    f"the block of {name!r} was not finite in {row['nonfinite']:.0f} evaluations of an example, first at step {max(latest, 1)} of the solve or "
-                    "before"
+                    f"the block of {name!r} was not finite in {row['nonfinite']:.0f} evaluations of an example, first at step {-int(bad) // 2 + 1} of the "
+                    "solve or before"
                 )
         if not found and not math.isfinite(loss):
             found.append(f"the loss is {loss}")
@@ -213,6 +210,12 @@ class RevDEQCallback(TrainerCallback):
         warnings.warn(f"training diverges at update {state.global_step}: {'; '.join(reasons)}. {done}", stacklevel=2)
 
 
+def _earliest_bad(figures: SolveStatistics) -> torch.Tensor:
+    """Minus the number, from 0, of the evaluation by which a row has been non-finite at the latest; -inf where none was."""
+    count = figures.nonfinite.max()
+    return torch.where(count > 0, count - figures.evaluations, -math.inf)
+
+
 def _greatest(values: Iterable[float]) -> float:
     """The greatest value, NaN if one is."""
     values = list(values)
@@ -232,7 +235,8 @@ def _halve_learning_rates(optimizer: torch.optim.Optimizer, scheduler: Any) -> N
 def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
     """Floating-point operations per second of a large matrix product, the best of five; takes about a tenth of a second (half precision on a CPU: more)."""
     size = 8192 if device.type == "cuda" else 768
-    a = torch.randn(size, size, device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)  # its own: measuring must not move the one that training draws from
+    a = torch.randn(size, size, device=device, generator=generator).to(dtype)
     best = math.inf
     for _ in range(6):  # the first warms up
         if device.type != "cpu":
@@ -290,33 +294,45 @@ def _exp(value: float) -> float:
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors made while it is on, on any device: those still alive, and the most that were alive at once.
 
-    Exact where a process's memory is not (allocators keep freed memory), and slow: it looks at every operation.
+    Exact where a process's memory is not (allocators keep freed memory), but for what kernels take for themselves while they run. It looks at every
+    operation, at a cost that does not depend on how many tensors are alive.
+
+    Attributes:
+        alive, peak: bytes now, and the most at once.
 
     Example:
         >>> with LiveBytes() as memory:
         ...     kept = torch.ones(1000)
         ...     also = (torch.ones(1000) + 1).sum()
-        >>> memory.alive(), memory.peak
+        >>> memory.alive, memory.peak
         (4004, 12000)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.storages: dict[StorageWeakRef, int] = {}
-        self.peak = 0
+        self.alive = self.peak = 0
+        self._storages: dict[int, tuple[int, weakref.ref]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.see(out)
+        return out
+
+    def see(self, out: Any, scratch: int = 0) -> bool:
+        """Counts what an operation returned; `scratch`: bytes that its kernel took for itself. Whether the peak has risen."""
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self.storages[StorageWeakRef(storage)] = storage.nbytes()
-        self.peak = max(self.peak, self.alive())
-        return out
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._storages:
+                    self._storages[key] = size, weakref.ref(storage, partial(self._forget, key))
+                    self.alive += size
+        higher = self.alive + scratch > self.peak
+        self.peak = max(self.peak, self.alive + scratch)
+        return higher
 
-    def alive(self) -> int:
-        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
-        return sum(self.storages.values())
+    def _forget(self, key: int, _: weakref.ref) -> None:
+        self.alive -= self._storages.pop(key)[0]
 
 
 def text_size(texts: Iterable[str]) -> dict[str, int]:

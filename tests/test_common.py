@@ -137,7 +137,7 @@ def test_activation_checkpointing_is_mapped_onto_the_gradient_mode(gradient, ree
     plain = gradients_of(model)
     with LiveBytes() as memory:
         kept = model(IDS, labels=IDS).loss
-    before = memory.alive()
+    before = memory.alive
     kept = None
     kwargs = "activation_checkpointing_kwargs" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing_kwargs"
     turn_on(model, **{kwargs: {"use_reentrant": reentrant}})
@@ -147,9 +147,9 @@ def test_activation_checkpointing_is_mapped_onto_the_gradient_mode(gradient, ree
         torch.testing.assert_close(again[name], gradient_, rtol=1e-6, atol=1e-7)
     with LiveBytes() as memory:
         kept = model(IDS, labels=IDS).loss  # noqa: F841
-    assert memory.alive() < before
+    assert memory.alive < before
     if gradient == "backprop":
-        assert memory.alive() < before / 2
+        assert memory.alive < before / 2
 
 
 def kept_bytes(model) -> int:
@@ -157,7 +157,7 @@ def kept_bytes(model) -> int:
     with LiveBytes() as memory:
         loss = model(IDS, labels=IDS).loss
     assert loss.requires_grad
-    return memory.alive()
+    return memory.alive
 
 
 def test_activation_checkpointing_keeps_less():

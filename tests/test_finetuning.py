@@ -65,7 +65,7 @@ def test_frozen_parameters_cost_no_memory():
             model.requires_grad_(True)
         with LiveBytes() as memory:
             model(input_ids=IDS, labels=IDS).loss.backward()
-        alive[frozen], peak[frozen] = memory.alive(), memory.peak
+        alive[frozen], peak[frozen] = memory.alive, memory.peak
     block = sum(p.numel() * 4 for name, p in model.named_parameters() if ".block." in name and "lora_" not in name)
     assert alive[False] - alive[True] > block  # gradients of all its weights
     assert peak[False] - peak[True] > block

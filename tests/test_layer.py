@@ -165,7 +165,7 @@ def live_bytes(gradient: str, steps: int, beta: float = 0.5, **settings) -> tupl
     layer = ReversibleFixedPoint(block, beta=beta, max_steps=steps, gradient=gradient, **settings)
     with LiveBytes() as memory:
         loss = layer(x).z.sum()
-        held = memory.alive()
+        held = memory.alive
         loss.backward()
     return held, memory.peak
 

@@ -173,7 +173,7 @@ def test_peak_memory_without_logits():
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         with LiveBytes() as memory:
             loss = cross_entropy(h @ w.T, labels) if name == "plain" else linear_cross_entropy(h, w, labels, chunk_rows=64)
-            between = memory.alive()
+            between = memory.alive
             loss.backward()
         peaks[name] = (between, memory.peak)
     assert peaks["plain"][0] > 64e6
@@ -189,7 +189,7 @@ def test_the_model_keeps_no_logits():
         ids = torch.randint(0, 16384, (4, 64))
         with LiveBytes() as memory:
             loss = model(ids, labels=ids, skip_logits=skip).loss
-        kept[skip] = memory.alive()
+        kept[skip] = memory.alive
         loss.backward()
     assert kept[False] > 4 * 64 * 16384 * 4
     assert kept[None] < 4e6  # the head's gradient is 1 MB of it

@@ -1,5 +1,6 @@
 """What the callback logs is right, its cost is small, and the report draws it."""
 
+import copy
 import json
 import math
 import time
@@ -10,7 +11,7 @@ import torch
 from conftest import awake
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from revdeq_hf import (
     RevDEQConfig,
@@ -21,6 +22,7 @@ from revdeq_hf import (
     ReversibleFixedPoint,
 )
 from revdeq_hf.flops import training_flops
+from revdeq_hf.layer_revdeq import SolveStatistics
 from revdeq_hf.report import Run, main, plot_runs, read_run, summary
 from revdeq_hf.training import RevDEQCallback
 
@@ -32,7 +34,7 @@ def text_model(**settings) -> RevDEQForCausalLM:
     return awake(RevDEQForCausalLM(RevDEQConfig(**{**SMALL, **settings})))
 
 
-def train(model: nn.Module, folder, callback: RevDEQCallback, more: tuple[TrainerCallback, ...] = (), **settings) -> Trainer:
+def train(model: nn.Module, folder, callback: TrainerCallback, more: tuple[TrainerCallback, ...] = (), **settings) -> Trainer:
     arguments = dict(
         output_dir=str(folder),
         max_steps=6,
@@ -195,6 +197,40 @@ class _Set(TrainerCallback):
         if state.global_step == 2:
             with torch.no_grad():
                 self.model.gain.fill_(-1.2)
+
+
+def test_the_step_named_is_that_of_the_stage_and_solve_that_failed():
+    callback = RevDEQCallback(peak_flops=0)
+    model = nn.ModuleDict(
+        {name: ReversibleFixedPoint(_Turn(nn.Parameter(torch.tensor(0.1))), beta=0.9, max_steps=2) for name in ("a", "b")}
+    )
+    callback.on_train_begin(None, TrainerState(), TrainerControl(), model=model)
+
+    def solved(evaluations: int, bad: list[int]) -> SolveStatistics:
+        rows = torch.ones(len(bad))
+        return SolveStatistics(rows.long(), rows, evaluations, (torch.Size((len(bad), 4)),), rows.long() * 0, torch.tensor(bad))
+
+    # stage b fails once, in the last 8 of 16 evaluations of a row; other solves are shorter, and well
+    for of_a, of_b in (((4, [0, 0]), (16, [8, 3])), ((4, [0, 0]), (2, [0, 0]))):
+        callback.on_step_begin(None, TrainerState(), TrainerControl())
+        model["a"].statistics, model["b"].statistics = solved(*of_a), solved(*of_b)
+        callback.on_step_end(None, TrainerState(), TrainerControl(), model=model)
+    with pytest.warns(
+        UserWarning, match=r"'b' was not finite in 11 evaluations of an example, first at step 5 of the solve or before"
+    ) as caught:
+        callback.on_log(None, TrainerState(log_history=[]), TrainerControl(), logs={"loss": 1.0}, model=model)
+    assert "'a'" not in str(caught[0].message)
+
+
+def test_watching_does_not_change_the_training(tmp_path):
+    noisy = dict(hidden_dropout=0.1, steps_sampling={"distribution": "uniform", "min_steps": 1, "max_steps": 4})
+    torch.manual_seed(0)
+    first = text_model(**noisy)
+    watched, alone = (copy.deepcopy(first) for _ in range(2))
+    train(watched, tmp_path / "a", RevDEQCallback())
+    train(alone, tmp_path / "b", TrainerCallback())
+    assert all(torch.equal(a, b) for a, b in zip(watched.parameters(), alone.parameters(), strict=True))
+    assert not torch.equal(next(watched.parameters()), next(first.parameters()))
 
 
 def test_drawn_steps_raise_no_alarm(tmp_path):
