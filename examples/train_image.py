@@ -82,6 +82,10 @@ class ModelArguments:
     preset: str = field(default="small", metadata={"help": f"Network of a new model: {', '.join(PRESETS)}."})
     hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Channels of each stage, instead of the preset's."})
     expansion_ratios: list[int] | None = field(default=None, metadata={"help": "Expansion of each stage's block, instead of the preset's."})
+    block_type: str | None = field(
+        default=None, metadata={"help": "Block of the stages, instead of the preset's: paper, or modern, in the manner of ConvNeXt."}
+    )
+    stem_stride: int = field(default=1, metadata={"help": "The stem divides the resolution by so much; 2 or 4 for large images."})
     beta: float = field(default=0.8, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1."})
     solver_steps: int | None = field(
         default=None,
@@ -219,24 +223,30 @@ def build_model(options: ModelArguments, names: list[str], shape: tuple[int, int
             settings = dict(hidden_sizes=[32, 64], expansion_ratios=[1, 1])
         else:
             create = getattr(RevDEQVisionConfig, options.preset)
-        own = dict(hidden_sizes=options.hidden_sizes, expansion_ratios=options.expansion_ratios, max_steps=options.solver_steps)
+        own = dict(
+            hidden_sizes=options.hidden_sizes,
+            expansion_ratios=options.expansion_ratios,
+            block_type=options.block_type,
+            max_steps=options.solver_steps,
+        )
         config = create(
             image_size=shape[0],
             num_channels=shape[-1],
             beta=options.beta,
             tol=options.tol,
             gradient=options.gradient,
+            stem_stride=options.stem_stride,
             keep_evaluations=options.keep_evaluations,
             **{**settings, **{name: value for name, value in own.items() if value is not None}, "num_labels": len(names), **labels},
         )
         model = RevDEQForImageClassification(config)
-    halvings = len(getattr(model.config, "hidden_sizes", [0])) - 1
+    least = 2 ** (len(getattr(model.config, "hidden_sizes", [0])) - 1) * getattr(model.config, "stem_stride", 1)
     if model.config.model_type == "resnet":
-        halvings += 2 + model.config.downsample_in_first_stage
-    if min(shape[:2]) < 2**halvings:
+        least *= 4 * (1 + model.config.downsample_in_first_stage)
+    if min(shape[:2]) < least:
         raise ValueError(
-            f"images of {shape[0]} x {shape[1]} pixels are smaller than the network allows, which halves them {halvings} times; "
-            f"enlarge them with --image_size (at least {2**halvings}) or take fewer --hidden_sizes"
+            f"images of {shape[0]} x {shape[1]} pixels are smaller than the network allows, which divides their sides by {least}; "
+            f"enlarge them with --image_size (at least {least}), take fewer --hidden_sizes or a smaller --stem_stride"
         )
     return model
 

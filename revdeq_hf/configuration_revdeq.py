@@ -184,7 +184,12 @@ class RevDEQVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         image_size: height and width of the images the processor makes; the model itself takes any size.
         num_channels: channels of the images.
         hidden_sizes: channels of each stage; between two stages the resolution is halved (rounded up).
-        expansion_ratios: hidden channels of a stage's block, as a multiple of its channels.
+        expansion_ratios: hidden channels of a stage's block, as a multiple of its channels. (With as many parameters as the paper's block of expansion 1
+            the modern block has an expansion of about 9.)
+        block_type: the block of the stages: "paper", two 3x3 convolutions; or "modern", a depthwise and two pointwise convolutions in the manner of
+            ConvNeXt (`block_revdeq.py` has the formulas, docs/image_model.md compares them).
+        kernel_size, hidden_act: side of the modern block's depthwise convolution, an odd number, and its activation; the paper's block has 3 and ReLU
+            whatever they say.
         max_steps: steps of each stage's solve, a number for all or one per stage.
         beta: relaxation of the iteration, in (0, 2), not 1.
         tol: relative residual at which an example stops; None: always `max_steps`.
@@ -195,6 +200,8 @@ class RevDEQVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         pool_size: side of the grid that features are averaged to before the classifier.
         stem: what stands before the first stage: "batch_norm", 3x3 convolution, BatchNorm, ReLU; or "group_norm", 3x3 convolution with a bias and
             GroupNorm, so that a network of one stage holds no statistics of batches.
+        stem_stride: the stem divides the resolution by so much (rounded up); its convolution is `2 * stem_stride - 1` wide, 3 at least. 1 suits small
+            images such as CIFAR-10's; 2 or 4 make large ones affordable.
         residual_stages: whether a stage gives `x + z*(x)`, its input and the fixed point, or the fixed point alone.
         norm_eps: added to variances.
         initializer_range: standard deviation of the classifier's weights, whose biases start at 0; None: weights and biases uniform in
@@ -217,6 +224,9 @@ class RevDEQVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     num_channels: int = 3
     hidden_sizes: list[int] | tuple[int, ...] = (128, 256, 256, 128)
     expansion_ratios: list[int] | tuple[int, ...] = (1, 3, 3, 1)
+    block_type: str = "paper"
+    kernel_size: int = 5
+    hidden_act: str = "gelu"
     max_steps: int | list[int] | tuple[int, ...] = 4
     beta: int | float = 0.8
     tol: int | float | None = None
@@ -228,6 +238,7 @@ class RevDEQVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     group_width: int = 16
     pool_size: int = 1
     stem: str = "batch_norm"
+    stem_stride: int = 1
     residual_stages: bool = True
     norm_eps: float = 1e-5
     initializer_range: int | float | None = 0.02
@@ -288,7 +299,7 @@ class RevDEQVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         return cls(**{**settings, **kwargs})
 
     def validate_architecture(self):
-        _check_at_least(self, 1, "image_size", "num_channels", "group_width", "pool_size")
+        _check_at_least(self, 1, "image_size", "num_channels", "group_width", "pool_size", "kernel_size", "stem_stride")
         sizes, ratios = self.hidden_sizes, self.expansion_ratios
         if not sizes or any(not isinstance(n, int) or n < 1 for n in (*sizes, *ratios)):
             raise ValueError(f"hidden_sizes and expansion_ratios must be non-empty lists of whole numbers >= 1, got {sizes} and {ratios}")
@@ -300,6 +311,9 @@ class RevDEQVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         if len(self.steps_per_stage) != len(sizes):
             raise ValueError(f"max_steps must be a number or have one entry per stage, got {self.max_steps} for {len(sizes)} stages")
         _check_member(self, "stem", STEMS)
+        _check_member(self, "block_type", BLOCK_TYPES)
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, so that the state keeps its size, got {self.kernel_size}")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
         if self.initializer_range is not None and not 0 <= self.initializer_range <= 1:

@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
-from .block_revdeq import RevDEQConvBlock
+from .block_revdeq import RevDEQConvBlock, RevDEQConvNextBlock
 from .configuration_revdeq import RevDEQVisionConfig
 from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint
 from .steps_revdeq import check_steps
@@ -118,20 +118,15 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
         super().__init__(config)
         config.validate()
         sizes = config.hidden_sizes
+        stride, kernel = config.stem_stride, max(3, 2 * config.stem_stride - 1)
+        convolution = nn.Conv2d(config.num_channels, sizes[0], kernel, stride, kernel // 2, bias=config.stem == "group_norm")
         if config.stem == "batch_norm":
-            self.stem = nn.Sequential(
-                nn.Conv2d(config.num_channels, sizes[0], 3, padding=1, bias=False),
-                nn.BatchNorm2d(sizes[0], eps=config.norm_eps),
-                nn.ReLU(),
-            )
+            self.stem = nn.Sequential(convolution, nn.BatchNorm2d(sizes[0], eps=config.norm_eps), nn.ReLU())
         else:
-            self.stem = nn.Sequential(
-                nn.Conv2d(config.num_channels, sizes[0], 3, padding=1),
-                nn.GroupNorm(sizes[0] // config.group_width, sizes[0], eps=config.norm_eps),
-            )
+            self.stem = nn.Sequential(convolution, nn.GroupNorm(sizes[0] // config.group_width, sizes[0], eps=config.norm_eps))
         self.stages = nn.ModuleList(
             ReversibleFixedPoint(
-                RevDEQConvBlock(size, ratio, config.group_width, config.norm_eps),
+                _make_block(config, size, ratio),
                 beta=config.beta,
                 max_steps=steps,
                 tol=config.tol,
@@ -211,13 +206,19 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
             raise ValueError(f"there must be an image of at least 1 x 1 pixels, got pixel_values of shape {tuple(pixel_values.shape)}")
         if not self.training:
             return
-        halved = 2 ** len(self.downsamples)
-        values = batch * -(-height // halved) * -(-width // halved)
+        divisor = self.config.stem_stride * 2 ** len(self.downsamples)
+        values = batch * -(-height // divisor) * -(-width // divisor)
         if values == 1 and any(isinstance(module, nn.BatchNorm2d) and module.training for module in self.modules()):
             raise ValueError(
-                f"one image of {height} x {width} pixels, halved {len(self.downsamples)} times, leaves BatchNorm a single value per channel, of which it "
-                "cannot take statistics; train on more images at a time, on larger ones, or with fewer stages (config.hidden_sizes)"
+                f"one image of {height} x {width} pixels, divided by {divisor}, leaves BatchNorm a single value per channel, of which it cannot take "
+                "statistics; train on more images at a time, on larger ones, or with fewer stages (config.hidden_sizes) or a smaller config.stem_stride"
             )
+
+
+def _make_block(config: RevDEQVisionConfig, channels: int, expansion: int) -> nn.Module:
+    if config.block_type == "modern":
+        return RevDEQConvNextBlock(config, channels, expansion)
+    return RevDEQConvBlock(channels, expansion, config.group_width, config.norm_eps)
 
 
 def _figures(solutions: list[FixedPointSolution], device: torch.device) -> dict[str, torch.Tensor]:

@@ -568,7 +568,7 @@ def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
         (["--label_column", "name"], "no column 'name'"),
         (["--hidden_sizes", "20", "--expansion_ratios", "1"], "group_width must divide"),
         (["--image_size", "3", "--hidden_sizes", "16", "16", "16", "--expansion_ratios", "1", "1", "1"], "smaller than the network allows"),
-        (["--model_type", "resnet", "--image_size", "7"], r"halves them 3 times; enlarge them with --image_size \(at least 8\)"),
+        (["--model_type", "resnet", "--image_size", "7"], r"divides their sides by 8; enlarge them with --image_size \(at least 8\)"),
         (["--channels", "2"], "--channels must be 1 or 3"),
         (["--bad_images", "mend"], "--bad_images must be"),
         (["--ema_decay", "1"], "--ema_decay must lie"),

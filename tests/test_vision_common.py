@@ -12,7 +12,8 @@ from revdeq_hf import RevDEQForImageClassification, RevDEQVisionBackbone, RevDEQ
 
 SEVERAL = dict(hidden_sizes=[16, 32], expansion_ratios=[1, 2], max_steps=2, group_width=8, num_labels=3, image_size=8)
 SINGLE = SEVERAL | dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4, stem="group_norm", residual_stages=False)
-NETWORKS = pytest.mark.parametrize("settings", [SEVERAL, SINGLE], ids=["several stages", "single stage"])
+MODERN = SEVERAL | dict(block_type="modern")
+NETWORKS = pytest.mark.parametrize("settings", [SEVERAL, SINGLE, MODERN], ids=["several stages", "single stage", "modern"])
 CLASSES = [RevDEQVisionModel, RevDEQForImageClassification, RevDEQVisionBackbone]
 IMAGES = torch.randn(2, 3, 9, 12, generator=torch.Generator().manual_seed(3))
 
@@ -145,7 +146,7 @@ def test_mismatched_sizes(settings, tmp_path):
     assert model(IMAGES[:, :1]).logits.shape == (2, 7)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     kept = AutoModel.from_pretrained(tmp_path).stages
-    assert torch.equal(model.model.stages[0].block.conv1.weight, kept[0].block.conv1.weight)
+    assert all(map(torch.equal, model.model.stages[0].parameters(), kept[0].parameters()))
 
 
 def test_a_saved_image_processor_is_found_without_torchvision(tmp_path):

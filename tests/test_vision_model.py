@@ -11,7 +11,15 @@ from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig, RevDEQVi
 
 SMALL = dict(hidden_sizes=[16, 32], expansion_ratios=[2, 1], max_steps=3, num_labels=5, image_size=8, group_width=8)
 SINGLE = dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4, stem="group_norm", residual_stages=False, initializer_range=None)
-VARIANTS = [dict(), dict(max_steps=[2, 14]), dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4), SINGLE]
+MODERN = dict(block_type="modern", expansion_ratios=[4, 3])
+VARIANTS = [
+    dict(),
+    dict(max_steps=[2, 14]),
+    dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4),
+    SINGLE,
+    MODERN,
+    MODERN | dict(kernel_size=3, hidden_act="silu", max_steps=[14, 1], beta=0.7),
+]
 
 
 def small(**kwargs) -> RevDEQForImageClassification:
@@ -73,6 +81,9 @@ def test_outputs():
     assert out.solver_steps.tolist() == [[3, 3], [3, 3]]
     assert out.solver_residual.shape == (2, 2)
     assert model(torch.randn(1, 3, 1, 1)).logits.shape == (1, 5)
+    for stride in (2, 3, 4):  # sizes are rounded up
+        maps = small(stem_stride=stride).eval()(torch.randn(2, 3, 10, 13), output_hidden_states=True).hidden_states
+        assert maps[0].shape == (2, 16, -(-10 // stride), -(-13 // stride))
     assert model(torch.randn(1, 3, 8, 8), max_steps=[1, 7], output_solver_stats=True).solver_steps.tolist() == [[1, 7]]
     assert model(torch.randn(1, 3, 8, 8), return_dict=False)[0].shape == (1, 5)
 
@@ -125,6 +136,31 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
             module.running_mean.uniform_(-0.5, 0.5)
             module.running_var.uniform_(0.5, 1.5)
     return model.double().eval()
+
+
+@torch.no_grad()
+def test_the_modern_block_is_its_formula():
+    """u = GN(z) + x; f = GN(u + pointwise(gelu(pointwise(GN(depthwise(u)))))), written with explicit sums."""
+    model = moved(small(**MODERN))
+    block, groups = model.model.stages[1].block, 32 // SMALL["group_width"]
+    z, x = torch.randn(2, 2, 32, 5, 7, dtype=torch.float64).unbind()
+
+    def norm(value, module):
+        parts = value.reshape(2, groups, -1)
+        parts = (parts - parts.mean(-1, keepdim=True)) / (parts.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return parts.reshape(value.shape) * module.weight[:, None, None] + module.bias[:, None, None]
+
+    def pointwise(value, module):
+        return torch.einsum("bchw,dc->bdhw", value, module.weight[:, :, 0, 0]) + module.bias[:, None, None]
+
+    u = norm(z, block.state_norm) + x
+    padded = functional.pad(u, (2,) * 4)
+    shifted = [padded[:, :, i : i + 5, j : j + 7] * block.depthwise.weight[:, 0, i, j, None, None] for i in range(5) for j in range(5)]
+    hidden = pointwise(norm(sum(shifted), block.norm), block.up_proj)
+    assert hidden.shape[1] == 3 * 32
+    hidden = 0.5 * hidden * (1 + torch.erf(hidden / 2**0.5))
+    torch.testing.assert_close(block(z, x), norm(u + pointwise(hidden, block.down_proj), block.output_norm), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.model.stages[1](x).z, solved(block, x, 3, 0.8), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -222,6 +258,10 @@ def test_counts_of_the_papers_network():
         (dict(max_steps=[1, 2, 3]), "one entry per stage"),
         (dict(max_steps=[1, -2]), "max_steps"),
         (dict(expansion_ratios=[1]), "one entry per stage"),
+        (dict(block_type="resnet"), "block_type must be one of 'modern', 'paper'"),
+        (dict(kernel_size=4), "kernel_size must be odd"),
+        (dict(stem_stride=0), "stem_stride must be at least 1"),
+        (dict(kernel_size=0), "kernel_size must be at least 1"),
         (dict(hidden_sizes=[16, 30]), "group_width must divide"),
         (dict(hidden_sizes=[]), "non-empty"),
         (dict(gradient="exact"), "gradient must be one of"),
@@ -251,7 +291,7 @@ IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
         (IMAGES.to(torch.uint8), "must be floating, rescaled and normalised, got torch.uint8"),
         (IMAGES[:0], r"at least 1 x 1 pixels, got pixel_values of shape \(0, 3, 8, 8\)"),
         (IMAGES[:, :, :0], r"at least 1 x 1 pixels, got pixel_values of shape \(2, 3, 0, 8\)"),
-        (IMAGES[:1, :, :2, :1], "one image of 2 x 1 pixels, halved 1 times, leaves BatchNorm a single value"),
+        (IMAGES[:1, :, :2, :1], "one image of 2 x 1 pixels, divided by 2, leaves BatchNorm a single value"),
     ],
     ids=["none", "array", "grey", "one image", "bytes", "no images", "no rows", "too small to train on"],
 )
