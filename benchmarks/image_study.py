@@ -10,8 +10,8 @@ A row is kept per finished run; runs that have a row are skipped.
 
 import argparse
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -86,6 +86,8 @@ VARIANTS: dict[str, Variant] = {
     "pre, tuple": Variant(tuple=True),
     "explicit, same parameters": Variant(explicit="same parameters"),
     "explicit, same evaluations": Variant(explicit="same evaluations"),
+    "explicit mixer, same parameters": Variant(form="mixer", act="gelu", kernel=5, explicit="same parameters"),
+    "explicit mixer, same evaluations": Variant(form="mixer", act="gelu", kernel=5, explicit="same evaluations"),
 }
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -204,11 +206,13 @@ def build(variant: Variant, classes: int, seed: int) -> StudyModel:
 
     target = count(list(SIZES), Variant(form="paper"))
     hidden = list(SIZES)
-    if variant.explicit != "same evaluations":
-        while count([width + GROUP for width in hidden], variant) <= target:
-            hidden = [width + GROUP for width in hidden]
-        while count(hidden, variant) > target * 1.03:
-            hidden = [width - GROUP for width in hidden]
+    once = (
+        replace(variant, explicit="same parameters") if variant.explicit else variant
+    )  # more blocks, each as wide as the only one would be
+    while count([width + GROUP for width in hidden], once) <= target:
+        hidden = [width + GROUP for width in hidden]
+    while count(hidden, once) > target * 1.03:
+        hidden = [width - GROUP for width in hidden]
     torch.manual_seed(seed)
     model: Any = StudyModel(variant, hidden, classes)
     return model.to(memory_format=torch.channels_last)
@@ -225,6 +229,14 @@ def read(folder: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
     if not images:
         raise SystemExit(f"there are no images {folder / split}/CLASS/*.png")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def read_both(folder: Path, test_images: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Both splits, with at most about so many test images, spread over the classes."""
+    data = {split: read(folder, split) for split in ("train", "test")}
+    stride = max(1, len(data["test"][1]) // test_images)
+    data["test"] = (data["test"][0][::stride], data["test"][1][::stride])
+    return data
 
 
 def as_input(images: torch.Tensor) -> torch.Tensor:
@@ -289,22 +301,28 @@ class Run(NamedTuple):
     batch: int
 
 
+def losses(model: StudyModel, images: torch.Tensor, labels: torch.Tensor, batch: int, seed: int) -> Callable[[], torch.Tensor]:
+    """A function whose calls give the losses of one shuffled, augmented batch after another; the same ones for every model."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.empty(0, dtype=torch.int64)
+
+    def next_loss() -> torch.Tensor:
+        nonlocal order
+        if len(order) < batch:
+            order = torch.randperm(len(labels), generator=generator)
+        rows, order = order[:batch], order[batch:]
+        logits, _ = model(as_input(augmented(images[rows], generator)))
+        return functional.cross_entropy(logits, labels[rows])
+
+    return next_loss
+
+
 def train(run: Run, data: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
     """One run; returns its row."""
     images, labels = data["train"]
     variant = VARIANTS[run.variant]
     model = build(variant, int(labels.max()) + 1, run.seed)
-    generator = torch.Generator().manual_seed(run.seed)
-    order = torch.empty(0, dtype=torch.int64)
-
-    def next_loss() -> torch.Tensor:
-        nonlocal order
-        if len(order) < run.batch:
-            order = torch.randperm(len(labels), generator=generator)
-        rows, order = order[: run.batch], order[run.batch :]
-        logits, _ = model(as_input(augmented(images[rows], generator)))
-        return functional.cross_entropy(logits, labels[rows])
-
+    next_loss = losses(model, images, labels, run.batch, run.seed)
     loss, seconds = fit(run.variant, model, next_loss, run.updates, run.rate, weight_decay=0.05, warm_up=max(1, run.updates // 10))
     return {
         "variant": run.variant,
@@ -354,9 +372,7 @@ def main() -> None:
     if not runs:
         print("all have a row")
         return
-    data = {split: read(options.data, split) for split in ("train", "test")}
-    stride = max(1, len(data["test"][1]) // options.test_images)
-    data["test"] = (data["test"][0][::stride], data["test"][1][::stride])
+    data = read_both(options.data, options.test_images)
     for run in runs:
         row = train(run, data)
         print(row, flush=True)
