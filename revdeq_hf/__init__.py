@@ -3,9 +3,9 @@
 Importing the package registers its models with transformers' Auto classes.
 """
 
-from ._version import __version__
 from .configuration_revdeq import RevDEQConfig, RevDEQVisionConfig
 from .diagnostics import Diagnosis, LogitLens, diagnose, logit_lens
+from .hub_revdeq import __version__
 from .layer_revdeq import DriftError, FixedPointSolution, ReversibleFixedPoint, SolveStatistics
 from .modeling_revdeq import (
     RevDEQForCausalLM,

@@ -8,15 +8,17 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.type_validators import interval
 
+from .hub_revdeq import BundledConfig
 from .layer_revdeq import check_solver_settings
 
 BLOCK_TYPES = ("modern", "paper")
 KV_CACHES = ("per_evaluation", "shared")
 STEMS = ("batch_norm", "group_norm")
+MOST_LAYERS = 1000
 
 
 @strict
-class RevDEQConfig(PreTrainedConfig):
+class RevDEQConfig(BundledConfig, PreTrainedConfig):
     r"""Configuration of the language model, `RevDEQModel` and its heads.
 
     Args:
@@ -154,6 +156,9 @@ class RevDEQConfig(PreTrainedConfig):
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_block_layers")
         _check_at_least(self, 1, *positive, "max_position_embeddings")
         _check_at_least(self, 0, "num_prelude_layers", "num_coda_layers")
+        for name in ("num_block_layers", "num_prelude_layers", "num_coda_layers"):
+            if getattr(self, name) > MOST_LAYERS:  # a config.json from elsewhere might keep a machine busy without end
+                raise ValueError(f"{name} must be at most {MOST_LAYERS}, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"num_attention_heads must divide hidden_size, got {self.num_attention_heads} and {self.hidden_size}")
         if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):
@@ -177,7 +182,7 @@ class RevDEQConfig(PreTrainedConfig):
 
 
 @strict
-class RevDEQVisionConfig(BackboneConfigMixin, PreTrainedConfig):
+class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of the image model: `RevDEQVisionModel`, `RevDEQForImageClassification` and `RevDEQVisionBackbone`.
 
     Args:

@@ -35,6 +35,7 @@ from .block_revdeq import RevDEQAttention, RevDEQLayer, RevDEQTransformerBlock
 from .cache_revdeq import EvaluationSlots, SharedSlots, check_slots
 from .configuration_revdeq import RevDEQConfig
 from .generation_revdeq import RevDEQGenerationMixin, with_steps
+from .hub_revdeq import BundledModel
 from .layer_revdeq import ReversibleFixedPoint
 from .loss_revdeq import linear_cross_entropy
 from .steps_revdeq import check_steps
@@ -109,8 +110,9 @@ class RevDEQRotaryEmbedding(nn.Module):
 
 
 @auto_docstring
-class RevDEQPreTrainedModel(PreTrainedModel):
+class RevDEQPreTrainedModel(BundledModel, PreTrainedModel):
     config: RevDEQConfig
+    model_file = __file__
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReversibleFixedPoint"]
@@ -547,8 +549,10 @@ def _may_look(ids: torch.Tensor) -> bool:
 
 
 # Remote code runs no __init__.py, so classes are registered where they are defined. The tables of names are used by Trainer
-# (label smoothing shifts labels for the causal models named there) and by pipelines.
-AutoConfig.register("revdeq", RevDEQConfig, exist_ok=True)
+# (label smoothing shifts labels for the causal models named there) and by pipelines. As remote code the model type stays unknown: each
+# folder brings code of its own, and the first one's would serve all others.
+if not __name__.startswith("transformers_modules."):
+    AutoConfig.register("revdeq", RevDEQConfig, exist_ok=True)
 for auto_class, names, model_class in (
     (AutoModel, modeling_auto.MODEL_MAPPING_NAMES, RevDEQModel),
     (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, RevDEQForCausalLM),

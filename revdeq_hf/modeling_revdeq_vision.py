@@ -17,6 +17,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .block_revdeq import RevDEQConvBlock, RevDEQConvNextBlock
 from .configuration_revdeq import RevDEQVisionConfig
+from .hub_revdeq import BundledModel
 from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint
 from .steps_revdeq import check_steps
 
@@ -91,8 +92,9 @@ class RevDEQVisionDownsample(nn.Module):
 
 
 @auto_docstring
-class RevDEQVisionPreTrainedModel(PreTrainedModel):
+class RevDEQVisionPreTrainedModel(BundledModel, PreTrainedModel):
     config: RevDEQVisionConfig
+    model_file = __file__
     base_model_prefix = "model"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -431,7 +433,8 @@ def _may_look(labels: torch.Tensor) -> bool:
 
 
 # see modeling_revdeq.py
-AutoConfig.register("revdeq_vision", RevDEQVisionConfig, exist_ok=True)
+if not __name__.startswith("transformers_modules."):
+    AutoConfig.register("revdeq_vision", RevDEQVisionConfig, exist_ok=True)
 for auto_class, names, model_class in (
     (AutoModel, modeling_auto.MODEL_MAPPING_NAMES, RevDEQVisionModel),
     (AutoModelForImageClassification, modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, RevDEQForImageClassification),
