@@ -1,0 +1,116 @@
+# Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
+"""What does a saved model bring along, so that it loads where this package is not installed?
+
+Its configuration writes it, next to `config.json`: the code files it needs (some 200 kB), `auto_map` with the names of its classes, `requirements.txt`
+and `LICENSE`. transformers' own way, `register_for_auto_class`, names the saved class only, and takes FSDP2's wrapper class for the model's own.
+"""
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .license_revdeq import LICENSE
+
+__version__ = "0.1.0"
+
+# of the code, not of the weights; one bound a line, as transformers' check_python_requirements reads them
+REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "transformers<6")
+
+AUTO_MAPS = {
+    "RevDEQConfig": {
+        "AutoConfig": "configuration_revdeq.RevDEQConfig",
+        "AutoModel": "modeling_revdeq.RevDEQModel",
+        "AutoModelForCausalLM": "modeling_revdeq.RevDEQForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_revdeq.RevDEQForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_revdeq.RevDEQForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_revdeq.RevDEQForQuestionAnswering",
+    },
+    "RevDEQVisionConfig": {
+        "AutoConfig": "configuration_revdeq.RevDEQVisionConfig",
+        "AutoModel": "modeling_revdeq_vision.RevDEQVisionModel",
+        "AutoModelForImageClassification": "modeling_revdeq_vision.RevDEQForImageClassification",
+        "AutoBackbone": "modeling_revdeq_vision.RevDEQVisionBackbone",
+    },
+}
+
+_MARK = "# The code files (*.py) of this folder, revdeq_hf "
+
+
+class BundledConfig:
+    """Mixed into both configurations: saving one saves its model's code, and a version other than this one is told.
+
+    `config.json` states the version of the code that wrote it as `revdeq_version`.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        written = kwargs.pop("revdeq_version", None)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if written is not None and written != __version__:
+            warnings.warn(
+                f"this model was saved by revdeq_hf {written} and is run by the code of revdeq_hf {__version__}, whose numbers may differ (see the "
+                f"heading Numerics of its CHANGELOG.md): install revdeq_hf {written}, or, where trust_remote_code=True may be used, load it in a process "
+                "that has not imported revdeq_hf, which runs the code saved with the model",
+                stacklevel=2,
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "revdeq_version": __version__}  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As transformers', and with the code; a class derived from these configurations is left to `register_for_auto_class`."""
+        model_file = self.__dict__.pop("model_file", None)  # of a model that is being saved
+        own = AUTO_MAPS.get(type(self).__name__)
+        if own is None:
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+            return
+        module = own["AutoModel"].split(".")[0]
+        code = Path(model_file or Path(__file__).with_name(f"{module}.py"))
+        if not code.is_file():  # as remote code from a folder: transformers keeps the configuration's files apart from the model's
+            own, code = {"AutoConfig": own["AutoConfig"]}, Path(__file__).with_name("configuration_revdeq.py")
+        before = getattr(self, "auto_map", None) or {}
+        self.auto_map = own | {key: name for key, name in before.items() if not _is_ours(name)}
+        folder = Path(save_directory)
+        super().save_pretrained(folder)  # type: ignore[misc]
+        for file in {str(code), *get_relative_import_files(code)}:
+            shutil.copyfile(file, folder / Path(file).name)
+        _write_unless_foreign(folder / "requirements.txt", "need:\n" + "\n".join(REQUIREMENTS) + "\n")
+        _write_unless_foreign(
+            folder / "LICENSE", "are licensed as follows; what holds for the weights, their model card says.\n\n" + LICENSE
+        )
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)  # type: ignore[attr-defined]
+
+
+class BundledModel:
+    """Mixed into the models' base classes, which state the file that defines them as `model_file = __file__`."""
+
+    model_file: str
+
+    def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
+        config = self.config  # type: ignore[attr-defined]
+        config.model_file = self.model_file
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            config.__dict__.pop("model_file", None)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """As transformers', for classes derived from ours, whose file is then saved too. Ours, which it registers as it loads them, need none of it."""
+        if not _is_ours(f"{cls.__module__.split('.')[-1]}.{cls.__name__}"):
+            super().register_for_auto_class(auto_class)  # type: ignore[misc]
+
+
+def _is_ours(class_reference: Any) -> bool:
+    """Whether a value of an auto map, `module.Class` or `user/name--module.Class`, names a class of these files."""
+    return isinstance(class_reference, str) and any(class_reference.split("--")[-1] in own.values() for own in AUTO_MAPS.values())
+
+
+def _write_unless_foreign(path: Path, text: str) -> None:
+    """Writes a file of ours, new or again; one that somebody else wrote stays as it is."""
+    if path.is_file() and not path.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
+        return
+    path.write_text(f"{_MARK}{__version__}, {text}", encoding="utf-8")
