@@ -59,6 +59,7 @@ from transformers.trainer_callback import ExportableState
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.publishing import BundleCallback
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
@@ -497,6 +498,8 @@ def main(arguments: list[str] | None = None) -> dict:
         compute_metrics=lambda p: metric.compute(predictions=logits_of(p.predictions).argmax(-1), references=p.label_ids),
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
+    if training.push_to_hub:
+        trainer.add_callback(BundleCallback())
 
     # not by evaluate before train: on several ranks accelerate 1.15 takes a model so evaluated for prepared, and trains it without exchanging gradients
     training.eval_on_start = resume is None

@@ -49,6 +49,7 @@ from transformers import (
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.publishing import BundleCallback
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
@@ -510,6 +511,8 @@ def main(arguments: list[str] | None = None) -> dict:
         preprocess_logits_for_metrics=Scorer.token_losses,
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
+    if training.push_to_hub:
+        trainer.add_callback(BundleCallback())
 
     # not by evaluate before train: on several ranks accelerate 1.15 takes a model so evaluated for prepared, and trains it without exchanging gradients
     training.eval_on_start = resume is None

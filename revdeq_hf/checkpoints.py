@@ -24,6 +24,7 @@ PARTS = {
 # fields of a configuration that the library, the Trainer or the first step sets
 FREE_FIELDS = {
     "transformers_version",
+    "auto_map",
     "architectures",
     "dtype",
     "use_cache",
