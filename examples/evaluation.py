@@ -123,6 +123,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
     began = time.perf_counter()
     device = torch.device(options.device or torch.accelerator.current_accelerator() or "cpu")
+    run = run_record("python examples/evaluate.py " + shlex.join(arguments), device)  # now: the files may be of another commit at the end
     model: Any = load(auto, folder, getattr(torch, options.dtype)).to(device)
     measure = text if task == "text-generation" else images
     measured = measure(model, folder, options, data)
@@ -156,7 +157,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "steps_curve": curve,
         "residual_per_step": residuals,
         "protocol": {**measured.protocol, "max_steps": own, "dtype": options.dtype, "batch_size": options.batch_size},
-        **run_record("python examples/evaluate.py " + shlex.join(arguments), device),
+        **run,
         "seconds": round(time.perf_counter() - began, 1),
     }
     if curve:

@@ -76,8 +76,13 @@ def test_sizes_are_those_that_the_layers_know():
     """Embeddings far smaller than what the layers make of them, as in real models: the block still sees the middle layer's size, the coda its own."""
     source, ids = llama(), ids_of(40)
     source.get_input_embeddings().weight.mul_(0.05)
+    for layer in source.model.layers:
+        layer.mlp.down_proj.weight.mul_(6)
     states = source(ids, output_hidden_states=True).hidden_states
     size = [state.square().mean(-1).sqrt().median().item() for state in states]
+    assert size[1] > 1.5 * size[0]
+    assert size[2] > 1.5
+    assert size[3] > 1.2 * size[2]
     seen = {}
 
     def look(module, args):
@@ -95,6 +100,18 @@ def test_sizes_are_those_that_the_layers_know():
             assert seen[block] == pytest.approx(size[2], rel=0.15)
         assert model.model.solve.block.state_norm.weight.unique().item() == pytest.approx(state_gain * size[2], rel=0.15, abs=1e-9)
         assert model.model.input_norm.weight.unique().item() == pytest.approx((1 - state_gain) * size[2], rel=0.15)
+
+
+@torch.no_grad()
+def test_sizes_are_measured_on_tokens_that_the_source_says():
+    """Most of a vocabulary is rare and small; where the first layer is iterated its gain must be the size of what occurs."""
+    source = llama()
+    table = source.get_input_embeddings().weight
+    table.copy_(table / table.square().mean(-1, keepdim=True).sqrt())
+    table[20:] *= 0.01
+    source.lm_head.weight[:20] *= 20
+    source.lm_head.weight[20:] = 0
+    assert init_from(source, layers=0).model.input_norm.weight.unique().item() == pytest.approx(1, abs=0.01)
 
 
 def same(layer, source_layer) -> bool:

@@ -348,7 +348,7 @@ def test_the_page_solves(app, folders, picture):
     page = app.build(str(folders / "language"), str(folders / "image"))
     text, image = (function.fn for function in page.fns.values() if function.name == "solve")
     assert "24 tokens, 3 steps" in text(TEXT, 3, 0.01)[0]
-    assert "is taken for" in image(str(picture), 3, False)[0]
+    assert "is taken for" in image({"path": str(picture)}, 3, False)[0]
     for broken in (text("", 3, 0.01), image(None, 3, False)):
         assert 'role="alert"' in broken[0]
         assert not any(value for value in broken[2:])  # nothing of an earlier solve stays

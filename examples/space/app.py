@@ -39,6 +39,9 @@ until its state hardly changes any more.
 # one computation at a time: each uses all cores, and `diagnose` runs a model's layers with hooks
 ONE_AT_A_TIME: dict[str, Any] = dict(concurrency_limit=1, concurrency_id="model")
 
+# files are read by `solves`, which says what is wrong with one; gradio itself just fails
+NOT_READ: dict[str, Any] = dict(preprocess=False)
+
 
 class ModelError(Exception):
     """A model that cannot be shown; the message says why, and what to do."""
@@ -141,8 +144,6 @@ def image_tab(page: gr.Blocks, model: Any, processor: Any) -> None:
             min_width=280,
             elem_classes="rq-pixels",
         )
-        # gradio's own reading fails without a message where a file is no image; `solves` reads it
-        image.preprocess = lambda payload: payload and payload.path
         with gr.Column(scale=2, min_width=280):
             steps = gr.Slider(1, 16, value=8, step=1, label="Steps of the solve, in each stage")
             invert = gr.Checkbox(label="Invert (for dark ink on light paper)")
@@ -161,9 +162,9 @@ def image_tab(page: gr.Blocks, model: Any, processor: Any) -> None:
         gr.Markdown("### Residual per step\nHow much one more evaluation of a stage's block would change its state, relative to its size.")
         residual = gr.Plot(show_label=False, elem_classes="rq-plot")
 
-    def solve(path: str | None, steps: int, invert: bool) -> tuple:
+    def solve(file: dict | None, steps: int, invert: bool) -> tuple:
         try:
-            found = solves.solve_image(model, processor, path, int(steps), invert)
+            found = solves.solve_image(model, processor, _path(file), int(steps), invert)
         except solves.InputError as error:
             return views.message(str(error)), gr.Column(visible=False), "", None, None
         return (
@@ -175,15 +176,13 @@ def image_tab(page: gr.Blocks, model: Any, processor: Any) -> None:
         )
 
     inputs, outputs = [image, steps, invert], [summary, results, table, states, residual]
-    gr.on(
-        [button.click, steps.change, invert.change, image.change, page.load],
-        solve,
-        inputs,
-        outputs,
-        trigger_mode="always_last",
-        **ONE_AT_A_TIME,
-    )
-    costs_section(model, partial(solves.image_batch, model, processor), [image, invert], "of eight copies of the image")
+    triggers = [button.click, steps.change, invert.change, image.change, page.load]
+    gr.on(triggers, solve, inputs, outputs, trigger_mode="always_last", **NOT_READ, **ONE_AT_A_TIME)
+
+    def batch(file: dict | None, invert: bool) -> dict:
+        return solves.image_batch(model, processor, _path(file), invert)
+
+    costs_section(model, batch, [image, invert], "of eight copies of the image")
 
 
 def costs_section(model: Any, batch: Callable[..., dict], inputs: list[Any], of_what: str) -> None:
@@ -205,7 +204,7 @@ def costs_section(model: Any, batch: Callable[..., dict], inputs: list[Any], of_
         shape = next(iter(examples.values())).shape
         return views.cost_table(costs, shape), gr.Plot(views.cost_figure(costs), visible=True)
 
-    button.click(measure, inputs, [table, figure], **ONE_AT_A_TIME)
+    button.click(measure, inputs, [table, figure], **NOT_READ, **ONE_AT_A_TIME)
 
 
 def knows_digits(model: Any) -> bool:
@@ -224,6 +223,11 @@ def digit_files() -> list[str]:
         files.append(str(folder / f"{digit}.png"))
         Image.fromarray((digits.images[number] * (255 / 16)).round().astype(np.uint8)).save(files[-1])
     return files
+
+
+def _path(file: dict | None) -> str | None:
+    """Where gradio has put an upload."""
+    return None if file is None else file["path"]
 
 
 def main(arguments: list[str] | None = None) -> None:

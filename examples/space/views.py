@@ -80,7 +80,7 @@ def steps_heat_map(solve: TextSolve, tolerance: float) -> str:
         spans.append(f'<span style="{_cell((count - least) / (darkest - least))}" title="{escape(title)}">{shown}</span>')
     unreached = f", {most} or more where that is not reached" if most == solve.steps else ""
     legend = _legend(f"{least}", f"steps until the residual is {tolerance:g} or less{unreached}", f"{darkest}")
-    return f'<div class="rq-text" id="steps-per-token">{"".join(spans)}</div>{legend}'
+    return f'<div class="rq-text">{"".join(spans)}</div>{legend}'
 
 
 def predictions(solve: TextSolve) -> str:
@@ -96,7 +96,7 @@ def predictions(solve: TextSolve) -> str:
         )
         rows.append(f"<tr><th>{step + 1}</th>{cells}</tr>")
     legend = _legend("as after the last step", "distance of the distribution", f"{far:.2g} nats from it")
-    return f'<div class="rq-scroll rq-end" id="predictions"><table>{"".join(rows)}</table></div>{legend}'
+    return f'<div class="rq-scroll rq-end rq-predictions"><table>{"".join(rows)}</table></div>{legend}'
 
 
 def class_predictions(solve: ImageSolve) -> str:
@@ -110,7 +110,7 @@ def class_predictions(solve: ImageSolve) -> str:
             for label in shown
         )
         rows.append(f"<tr><th>{step + 1}</th>{cells}</tr>")
-    return f'<div class="rq-scroll" id="predictions"><table>{"".join(rows)}</table></div>'
+    return f'<div class="rq-scroll rq-predictions"><table>{"".join(rows)}</table></div>'
 
 
 def text_residuals(solve: TextSolve, tolerance: float) -> Figure:
@@ -189,7 +189,7 @@ def cost_table(costs: Sequence[Cost], shape: Sequence[int]) -> str:
         rows.append(f"<tr><th>{cost.gradient}</th>" + "".join(f"<td>{value}</td>" for value in values) + "</tr>")
     size = " x ".join(map(str, shape))
     return (
-        f'<p>A batch of {size}, {most} steps:</p><div class="rq-scroll" id="costs"><table>{"".join(rows)}</table></div>'
+        f'<p>A batch of {size}, {most} steps:</p><div class="rq-scroll rq-costs"><table>{"".join(rows)}</table></div>'
         "<p>Kept: bytes between forward and backward pass. Peak: most bytes at once, gradients included, weights not. Time: the shortest of three runs. "
         "Gradients off by: greatest difference from those of backprop, relative to the greatest gradient of the same weight. Drift: how far the reversed "
         "solve ended from its start.</p>"
