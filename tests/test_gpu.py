@@ -67,8 +67,10 @@ def test_offloaded_and_compiled_static_caches_write_what_no_cache_writes(cache, 
 
 
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
-def test_channels_last_reaches_every_evaluation(gradient):
-    config = RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[2, 1], max_steps=3, num_labels=5, group_width=8, gradient=gradient)
+@pytest.mark.parametrize("block_type", ["paper", "modern"])
+def test_channels_last_reaches_every_evaluation(gradient, block_type):
+    sizes = dict(hidden_sizes=[16, 32], expansion_ratios=[2, 1], group_width=8, block_type=block_type)
+    config = RevDEQVisionConfig(max_steps=3, num_labels=5, gradient=gradient, **sizes)
     model = RevDEQForImageClassification(config).cuda().to(memory_format=torch.channels_last)
     seen: list[torch.Tensor] = []
     for stage in model.model.stages:
