@@ -13,27 +13,22 @@ import json
 import math
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import huggingface_hub
 import torch
-import transformers
 from huggingface_hub import errors as hub_errors
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, HfArgumentParser
 
-import revdeq_hf
 from revdeq_hf.model_card import CURVE, EVALUATION, SOLVER_FIELDS, file_hash, weight_hashes
-from revdeq_hf.training import fixed_point_layers, print_table, residual_curve, text_scores, text_size
+from revdeq_hf.training import fixed_point_layers, print_table, residual_curve, run_record, text_scores, text_size
 
 USAGE = "usage: python examples/evaluate.py MODEL [--help] [flags]     (MODEL: the folder of a saved model, or its name on the Hub)"
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -424,53 +419,6 @@ def solver_sums(outputs: Any, chosen: Callable[[torch.Tensor], torch.Tensor]) ->
 def solver_means(sums: torch.Tensor) -> dict[str, float]:
     count, residual, steps = sums.tolist()
     return {"residual": residual / count, "steps": steps / count} if count else {}
-
-
-def run_record(command: str, device: torch.device) -> dict[str, Any]:
-    """What identifies a run: command, date, device, versions, and the commit where the package is part of a git checkout."""
-    record = {
-        "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name(device),
-        "versions": {
-            "revdeq_hf": revdeq_hf.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "datasets": datasets.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    commit = package_commit()
-    return {**record, "commit": commit} if commit else record
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    name = platform.processor() or platform.machine()
-    table = Path("/proc/cpuinfo")
-    if table.is_file():  # Linux names the architecture only
-        name = next((line.split(":", 1)[1].strip() for line in table.read_text().splitlines() if line.startswith("model name")), name)
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
-
-
-def package_commit() -> str | None:
-    """The commit that the package's files are of, with "-dirty" where a tracked file differs; None where they are not tracked."""
-    folder = Path(revdeq_hf.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    return (
-        git("describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*")
-        if git("ls-files", "--error-unmatch", "__init__.py")
-        else None
-    )
 
 
 def plot_curves(record: dict[str, Any], path: Path) -> None:

@@ -26,6 +26,8 @@ misclassified images) and `fixed_point.png` (the state after each step). An inte
 import itertools
 import json
 import math
+import shlex
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -59,6 +61,7 @@ from transformers.trainer_callback import ExportableState
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.model_card import weight_hashes
 from revdeq_hf.publishing import BundleCallback
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
@@ -67,6 +70,7 @@ from revdeq_hf.training import (
     peak_memory,
     print_table,
     residual_curve,
+    run_record,
 )
 
 PRESETS = ("small", "paper_cifar10_multiscale", "paper_cifar10_singlescale")
@@ -451,6 +455,8 @@ def main(arguments: list[str] | None = None) -> dict:
         (ModelArguments, DataArguments, ImageTrainingArguments), description=__doc__.split("\n\n")[0] if __doc__ else None
     )
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
+    command = f"python examples/train_image.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
+    record = run_record(command, training.device)  # now: the files may be of another commit at the end
     if data.bad_images not in ("refuse", "skip"):
         raise ValueError(f"--bad_images must be refuse or skip, got {data.bad_images!r}")
     resume = checkpoint_to_resume(training)
@@ -530,6 +536,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "train_seconds": trained.metrics["train_runtime"],
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(),
+        "run": record,
     }
     if trainer.is_world_process_zero():
         report(results, trainer, pixels, evaluation, predicted, found)
@@ -570,6 +577,7 @@ def report(results: dict, trainer: Trainer, pixels: Pixels, evaluation: datasets
         few = spread(len(some), 6)
         plot_fixed_point(model, values[few], some[few], min(2 * steps, 12), steps, folder / "fixed_point.png")
     plot_runs([run], folder / "training.png")
+    results["run"]["weights"] = weight_hashes(folder)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     rows = [[key.replace("_", " "), value] for key, value in results.items() if not isinstance(value, dict | list)]

@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import random
+import shlex
 import sys
 import sysconfig
 import time
@@ -49,6 +50,7 @@ from transformers import (
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.model_card import weight_hashes
 from revdeq_hf.publishing import BundleCallback
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
@@ -58,6 +60,7 @@ from revdeq_hf.training import (
     peak_memory,
     print_table,
     residual_curve,
+    run_record,
     text_size,
     unigram_scores,
 )
@@ -468,6 +471,8 @@ def main(arguments: list[str] | None = None) -> dict:
         (ModelArguments, DataArguments, LanguageTrainingArguments), description=__doc__.split("\n\n")[0] if __doc__ else None
     )
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
+    command = f"python examples/train_language.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
+    record = run_record(command, training.device)  # now: the files may be of another commit at the end
     if data.block_size < 2:
         raise ValueError(f"--block_size must be at least 2, got {data.block_size}")
     if data.streaming and training.max_steps < 1:
@@ -540,6 +545,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "train_seconds": trained.metrics["train_runtime"],
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(),
+        "run": record,
     }
     if not trainer.is_world_process_zero():
         return results
@@ -560,6 +566,7 @@ def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
         run.convergence = residual_curve(model, {"input_ids": torch.tensor([ids], device=model.device)}, 4 * run.trained_steps)
         results["convergence"] = {"trained_steps": run.trained_steps, "residuals": run.convergence}
     plot_runs([run], folder / "training.png")
+    results["run"]["weights"] = weight_hashes(folder)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     model.eval()

@@ -116,7 +116,7 @@ def render_card(
     hashes = weight_hashes(folder) if weights else None
     record = _evaluation(folder, task, hashes, config) if evaluated else {}
     fields, power = _texts(folder, texts)
-    training, seconds = _training(folder)
+    training, seconds = _training(folder, hashes)
     context: dict[str, Any] = {
         "text": {**fields, "licence": fields.get("license", "Its author has not stated a licence.")},
         "model": {
@@ -311,18 +311,25 @@ def _evaluation(folder: Path, task: str, hashes: dict[str, str] | None, config: 
     return record
 
 
-def _training(folder: Path) -> tuple[dict[str, Any], float | None]:
+def _training(folder: Path, hashes: dict[str, str] | None) -> tuple[dict[str, Any], float | None]:
     """What the training's own logs say, by name, and its seconds; nothing without logs."""
     from .report import read_run, summary
 
     if not (folder / "trainer_state.json").is_file():  # a model whose training left nothing here
         return {}, None
     run, state = read_run(folder), _json(folder / "trainer_state.json")
+    record = run.results.get("run", {})
+    if hashes is not None and record.get("weights", hashes) != hashes:
+        raise ValueError(
+            f"results.json in {str(folder)!r} is of a training that gave other weights than the folder holds, {record['weights']} instead of {hashes}; move it "
+            "and trainer_state.json away, or put the weights of that training back"
+        )
     seconds = next((entry["train_runtime"] for entry in reversed(run.history) if "train_runtime" in entry), None)
     rates = run.values("learning_rate")
     found = {
-        "command": f"`{run.results['command']}`" if "command" in run.results else None,
-        "device": run.results.get("device"),
+        "command": f"`{record['command']}`" if record else None,
+        "device": record.get("device"),
+        "commit": record.get("commit"),
         "training tokens": run.results.get("train_tokens"),
         "training images": run.results.get("train_images"),
         "batch size per device": state.get("train_batch_size"),

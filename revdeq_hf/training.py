@@ -1,17 +1,22 @@
 """What a training script needs around transformers' Trainer: a callback that logs the solver, text scores, counts and tables."""
 
 import math
+import platform
+import subprocess
 import time
 import warnings
 import weakref
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import evaluate
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .diagnostics import Diagnosis, diagnose
 from .flops import training_flops
+from .hub_revdeq import __version__
 from .layer_revdeq import ReversibleFixedPoint, SolveStatistics, fixed_point_layers
 
 DIVERGENCE = ("ignore", "warn", "stop", "lower_lr")
@@ -411,3 +417,50 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         )
         if number == 0:
             print("  ".join("-" * width for width in widths))
+
+
+def run_record(command: str, device: torch.device) -> dict[str, Any]:
+    """What identifies a run: command, date, device, versions, and the commit where the package is part of a git checkout."""
+    record = {
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": _device_name(device),
+        "versions": {
+            "revdeq_hf": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+            "datasets": datasets.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    commit = _package_commit()
+    return {**record, "commit": commit} if commit else record
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    name = platform.processor() or platform.machine()
+    table = Path("/proc/cpuinfo")
+    if table.is_file():  # Linux names the architecture only
+        name = next((line.split(":", 1)[1].strip() for line in table.read_text().splitlines() if line.startswith("model name")), name)
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+
+
+def _package_commit() -> str | None:
+    """The commit that the package's files are of, with "-dirty" where a tracked file differs; None where they are not tracked."""
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return (
+        git("describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*")
+        if git("ls-files", "--error-unmatch", "__init__.py")
+        else None
+    )

@@ -71,7 +71,12 @@ def test_a_card_says_what_the_runs_measured(model):
     assert f"| seconds | {seconds:.4g} |" in text
     assert "| greatest drift | 0 |" in text
     assert "| drift of a backward pass with these weights | 0 |" in text
+    run = json.loads((model / "results.json").read_text())["run"]
+    assert run["weights"] == record["weights"]
+    assert run["command"].startswith("python examples/train_language.py --train_file ")
     for said in (
+        run["command"],
+        run["device"],
         record["command"],
         record["weights"]["model.safetensors"],
         record["protocol"]["data_sha256"],
@@ -84,6 +89,13 @@ def test_a_card_says_what_the_runs_measured(model):
         assert f"\n## {section}\n" in text
     assert "2509.12917" in text
     assert "Energy" not in text
+
+
+def test_logs_of_a_training_that_gave_other_weights_are_refused(model):
+    change_json(model / "results.json", lambda results: results["run"]["weights"].update({"model.safetensors": "0" * 64}))
+    with pytest.raises(ValueError, match=r"results.json .* other weights than the folder holds, .*0000"):
+        render_card(model)
+    assert "| updates | 4 |" in render_card(model, weights=False)
 
 
 def test_the_metadata_are_what_the_hub_reads(model):
