@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .modeling_revdeq import RevDEQForCausalLM
 LLAMA_TYPES = ("llama", "mistral", "qwen2")  # whose layers have the names of the modern block's
 FAMILIES = (*LLAMA_TYPES, "gpt2")
 GPT2_ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "relu")
-SHIFT = 8.0  # from where on each of these activations is the identity, to the rounding of float32
+SCALE = 4.0  # act(SCALE * a) / SCALE is nearly a, for the positive values that another activation let through
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
@@ -46,11 +47,11 @@ def init_from(
     """A RevDEQ language model with the weights of an ordinary one.
 
     Of a Llama-type model the block is the modern one. Its two norms, and the one before the fixed point, start with gains that give the layers inputs
-    of the size they know; what is lost is how this size varies from token to token. With `state_gain=0` the block at first ignores its state, so that the
-    fixed point is reached at once and the model computes what the source computes with the layers that were taken, each once.
+    of the size they know; what is lost is how this size varies from token to token. With `state_gain=0` the block at first ignores its state, so the fixed
+    point is what the layers make of the injected input: the model nearly computes what the source would with the layers that were taken, each once.
 
-    Of a GPT-2-type model the block is the paper's, whose layers hold GPT-2's exactly (its MLP's second hidden layer starts as the identity, the bias of
-    the attention's output is moved to the values'), but whose identity path begins at the state: what follows the fixed point does not see the
+    Of a GPT-2-type model the block is the paper's, whose layers nearly hold GPT-2's (the MLP's second hidden layer starts close to the identity, the bias
+    of the attention's output is moved to the values'), but whose identity path begins at the state: what follows the fixed point does not see the
     embeddings. Its last norm has no place: gain and mean go into the head, the bias is dropped, the size is set once for all tokens.
 
     Args:
@@ -82,14 +83,15 @@ def init_from(
     gpt2 = source.config.model_type == "gpt2"
     config = _gpt2_config(source.config, settings) if gpt2 else _llama_config(source.config, settings)
     model: Any = RevDEQForCausalLM(config).to(source.dtype).eval()
-    layer_of, given = (_gpt2_layer if gpt2 else _llama_layer), source.state_dict()
-    block = [layer_of(given, index) for index in taken]
+    given = source.state_dict()
+    layer_of = partial(_gpt2_layer if gpt2 else _llama_layer, given)
+    block = [layer_of(index) for index in taken]
     if mean:
         block = [{name: torch.stack([layer[name].float() for layer in block]).mean(0) for name in block[0]}]
     for destination, weights in (
-        (model.model.prelude, [layer_of(given, index) for index in range(num_prelude_layers)]),
+        (model.model.prelude, [layer_of(index) for index in range(num_prelude_layers)]),
         (model.model.solve.block.layers, block),
-        (model.model.coda, [layer_of(given, index) for index in range(count - num_coda_layers, count)]),
+        (model.model.coda, [layer_of(index) for index in range(count - num_coda_layers, count)]),
     ):
         for layer, values in zip(destination, weights, strict=True):
             layer.load_state_dict(values, strict=True)
@@ -229,7 +231,7 @@ def _finish_llama(model: Any, given: Weights, entering: float, sizes: list[float
 
 
 def _gpt2_layer(given: Weights, index: int) -> Weights:
-    """GPT-2's layer as an ordinary layer of the paper's form, which computes the same."""
+    """GPT-2's layer as an ordinary layer of the paper's form, which computes nearly the same (the same with relu)."""
     prefix = f"transformer.h.{index}."
     layer = {name.removeprefix(prefix): tensor.float() for name, tensor in given.items() if name.startswith(prefix)}
     weights: Weights = {}
@@ -244,10 +246,10 @@ def _gpt2_layer(given: Weights, index: int) -> Weights:
     missing = torch.linalg.lstsq(output.double(), layer["attn.c_proj.bias"].double()[:, None], driver="gelsd").solution[:, 0]
     weights["self_attn.v_proj.bias"] = (biases[2].double() + missing).float()
     down, hidden = layer["mlp.c_proj.weight"].T, layer["mlp.c_fc.bias"].numel()
-    # act(a + SHIFT) - SHIFT = a for what leaves the first activation
     weights |= {"mlp.up_proj.weight": layer["mlp.c_fc.weight"].T, "mlp.up_proj.bias": layer["mlp.c_fc.bias"]}
-    weights |= {"mlp.mid_proj.weight": torch.eye(hidden), "mlp.mid_proj.bias": torch.full((hidden,), SHIFT)}
-    weights |= {"mlp.down_proj.weight": down, "mlp.down_proj.bias": layer["mlp.c_proj.bias"] - SHIFT * down.sum(1)}
+    # a bias that is taken away again would bring the second activation closer to the identity, but such a model trains worse (docs/conversion.md)
+    weights |= {"mlp.mid_proj.weight": SCALE * torch.eye(hidden), "mlp.mid_proj.bias": torch.zeros(hidden)}
+    weights |= {"mlp.down_proj.weight": down / SCALE, "mlp.down_proj.bias": layer["mlp.c_proj.bias"]}
     return weights
 
 
