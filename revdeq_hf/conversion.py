@@ -15,7 +15,6 @@ the shapes are stated here (`leaves`), and each record's shape is compared with 
 import argparse
 import copy
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,17 +126,10 @@ def to_equinox(model: Model, file: str | os.PathLike) -> None:
     if file.exists():
         raise FileExistsError(f"{str(file)!r} exists; nothing was written, choose another name or delete it")
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    with tempfile.NamedTemporaryFile(dir=file.absolute().parent, prefix=f".{file.name}.", delete=False) as stream:
-        try:
-            for leaf in layout:
-                value = np.asarray(leaf.value) if leaf.ours is None else _exported(leaf.ours, state[leaf.ours])
-                np.save(stream, value.reshape(leaf.shape), allow_pickle=False)
-            stream.flush()
-            os.chmod(stream.name, 0o644)  # temporary files are private
-            os.replace(stream.name, file)
-        except BaseException:
-            os.unlink(stream.name)
-            raise
+    with _whole(file) as path, path.open("wb") as stream:
+        for leaf in layout:
+            value = np.asarray(leaf.value) if leaf.ours is None else _exported(leaf.ours, state[leaf.ours])
+            np.save(stream, value.reshape(leaf.shape), allow_pickle=False)
 
 
 def leaves(config: Config) -> list[Leaf]:
@@ -165,14 +157,18 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{str(target)!r} exists and is not an empty folder; nothing was written, choose another name or delete it")
     target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.absolute().parent, prefix=f".{target.name}."))
-    try:
-        folder.chmod(0o755)  # mkdtemp makes it private
+    with _whole(target) as folder:
+        folder.mkdir()
         yield folder
-        os.replace(folder, target)
-    except BaseException:
-        shutil.rmtree(folder)
-        raise
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A path to write to, beside `target`, which takes its place at the end; after an error nothing is left."""
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as place:
+        path = Path(place, target.name)
+        yield path
+        os.replace(path, target)
 
 
 def _language(config: RevDEQConfig) -> Iterator[Leaf]:

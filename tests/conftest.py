@@ -11,6 +11,7 @@ from torch import nn
 
 SHARED = Path(__file__).parents[2] / "shared"  # material that a clone does not have
 FIXTURES = Path(__file__).parent / "fixtures"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 class AttentionBlock(nn.Module):
@@ -79,6 +80,15 @@ def awake(model: nn.Module, std: float = 0.08) -> nn.Module:
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    """Within it the scripts in `examples/` can be imported, and what `datasets` makes of their data is not kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.syspath_prepend(str(EXAMPLES))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -325,8 +325,24 @@ def test_models_the_authors_do_not_have_are_refused(tmp_path):
         to_equinox(modern, tmp_path / "file.eqx")
     with pytest.raises(ValueError, match="num_coda_layers=1 instead of 0, norm_eps=1e-06 instead of 1e-05"):
         leaves(RevDEQConfig.paper_wikitext103(num_coda_layers=1, norm_eps=1e-6))
+    with pytest.raises(ValueError, match="block_type='modern' instead of 'paper', stem_stride=2 instead of 1"):
+        leaves(RevDEQVisionConfig.paper_cifar10_multiscale(block_type="modern", stem_stride=2))
     with pytest.raises(ValueError, match="pool_size=2 instead of 4"):
         leaves(RevDEQVisionConfig.paper_cifar10_singlescale(pool_size=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
+    model, room = RevDEQForImageClassification(RevDEQVisionConfig.paper_cifar10_singlescale()), iter(range(3))
+
+    def save(stream, value, **kwargs):
+        if next(room, None) is None:
+            raise OSError(28, "No space left on device")
+        stream.write(value.tobytes())
+
+    monkeypatch.setattr(np, "save", save)
+    with pytest.raises(OSError, match="No space left"):
+        to_equinox(model, tmp_path / "file.eqx")
     assert list(tmp_path.iterdir()) == []
 
 

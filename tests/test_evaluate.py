@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import awake
+from conftest import EXAMPLES, awake
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, ViTImageProcessorPil
@@ -20,19 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQForSequenceClassification, RevDEQVisionConfig
 from revdeq_hf.model_card import file_hash
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.syspath_prepend(str(EXAMPLES))
-        yield
+pytestmark = pytest.mark.usefixtures("scripts")
 
 
 @pytest.fixture(scope="module")
-def evaluation(data_cache):
+def evaluation(scripts):
     return importlib.import_module("evaluation")
 
 
@@ -46,7 +38,7 @@ def text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(data_cache, text_file):
+def tokenizer(scripts, text_file):
     rows = datasets.Dataset.from_dict({"text": text_file.read_text(encoding="utf-8").splitlines(keepends=True)})
     return importlib.import_module("train_language").train_tokenizer(rows, "text", 270)
 

@@ -15,12 +15,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED
+from conftest import EXAMPLES, SHARED
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def load(name: str):

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, TrainerCallback, ViTIm
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.usefixtures("scripts")
 TINY = [
     "--hidden_sizes",
     "16",
@@ -32,32 +32,23 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def data_cache(tmp_path_factory):
-    """What is decoded in a test is not kept after it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.syspath_prepend(str(EXAMPLES))
-        yield
-
-
 @pytest.fixture(scope="module")
-def image(data_cache):
+def image(scripts):
     return importlib.import_module("train_image")
 
 
 @pytest.fixture(scope="module")
-def data(data_cache):
+def data(scripts):
     return importlib.import_module("image_data")
 
 
 @pytest.fixture(scope="module")
-def augmentation(data_cache):
+def augmentation(scripts):
     return importlib.import_module("image_augmentation")
 
 
 @pytest.fixture(scope="module")
-def reports(data_cache):
+def reports(scripts):
     return importlib.import_module("image_report")
 
 

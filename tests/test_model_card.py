@@ -7,7 +7,6 @@ import re
 import shutil
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from huggingface_hub import ModelCardData, metadata_load
@@ -22,18 +21,15 @@ KEPT = sorted(path.parent for path in (ROOT / "model_cards").glob("*/README.md")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory, scripts) -> Path:
     """A language model that was trained for four updates, and evaluated."""
     folder, words = tmp_path_factory.mktemp("trained") / "small-model", np.random.default_rng(0).choice(["alpha", "beta", "gamma"], (40, 6))
     text = folder.parent / "text.txt"
     text.write_text("\n".join(map(" ".join, words)) + "\n", encoding="utf-8")
     sizes = ["--vocab_size", "270", "--block_size", "24", "--hidden_size", "16", "--intermediate_size", "32", "--num_attention_heads", "2"]
     run = ["--max_steps", "4", "--logging_steps", "2", "--report_to", "none", "--sample_tokens", "0", "--disable_tqdm", "true"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.syspath_prepend(str(ROOT / "examples"))
-        importlib.import_module("train_language").main(["--train_file", str(text), "--output_dir", str(folder), *sizes, *run])
-        importlib.import_module("evaluation").main([str(folder), "--test_file", str(text)])
+    importlib.import_module("train_language").main(["--train_file", str(text), "--output_dir", str(folder), *sizes, *run])
+    importlib.import_module("evaluation").main([str(folder), "--test_file", str(text)])
     return folder
 
 
