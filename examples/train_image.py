@@ -62,7 +62,6 @@ from transformers.trainer_callback import ExportableState
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
 from revdeq_hf.model_card import weight_hashes
-from revdeq_hf.publishing import BundleCallback
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
@@ -504,8 +503,6 @@ def main(arguments: list[str] | None = None) -> dict:
         compute_metrics=lambda p: metric.compute(predictions=logits_of(p.predictions).argmax(-1), references=p.label_ids),
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
-    if training.push_to_hub:
-        trainer.add_callback(BundleCallback())
 
     # not by evaluate before train: on several ranks accelerate 1.15 takes a model so evaluated for prepared, and trains it without exchanging gradients
     training.eval_on_start = resume is None
@@ -540,6 +537,8 @@ def main(arguments: list[str] | None = None) -> dict:
     }
     if trainer.is_world_process_zero():
         report(results, trainer, pixels, evaluation, predicted, found)
+    if training.push_to_hub:
+        trainer.push_to_hub()  # with the results, of which the card is made
     return results
 
 

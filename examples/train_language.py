@@ -51,7 +51,6 @@ from transformers import (
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
 from revdeq_hf.model_card import weight_hashes
-from revdeq_hf.publishing import BundleCallback
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
@@ -516,8 +515,6 @@ def main(arguments: list[str] | None = None) -> dict:
         preprocess_logits_for_metrics=Scorer.token_losses,
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
-    if training.push_to_hub:
-        trainer.add_callback(BundleCallback())
 
     # not by evaluate before train: on several ranks accelerate 1.15 takes a model so evaluated for prepared, and trains it without exchanging gradients
     training.eval_on_start = resume is None
@@ -547,9 +544,10 @@ def main(arguments: list[str] | None = None) -> dict:
         "peak_memory_bytes": peak_memory(),
         "run": record,
     }
-    if not trainer.is_world_process_zero():
-        return results
-    report(results, trainer, tokenizer, data, blocks["test"][0]["input_ids"])
+    if trainer.is_world_process_zero():
+        report(results, trainer, tokenizer, data, blocks["test"][0]["input_ids"])
+    if training.push_to_hub:
+        trainer.push_to_hub()  # with the results, of which the card is made
     return results
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer: which are whole, which one to go on from, what is told where one cannot be written."""
+"""Checkpoints of transformers' Trainer: which are whole, which one to go on from, what is told where one cannot be written; and what it sends to the Hub."""
 
 import json
 import os
@@ -9,9 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .hub_revdeq import BundledConfig
+from .publishing import BundleCallback, publish
 
 STATE = "trainer_state.json"
 # what a checkpoint holds, by the names that Trainer gives; global_step* is DeepSpeed's
@@ -129,7 +133,7 @@ def check_same_model(config: Any, checkpoint: str | os.PathLike) -> None:
 
 
 class ResumableTrainer(Trainer):
-    """Trainer that goes on from whole checkpoints of the same model, and tells what to do where one cannot be written."""
+    """Trainer that goes on from whole checkpoints of the same model, tells what to do where one cannot be written, and pushes what `publish` sends."""
 
     def __init__(self, *arguments: Any, **kwargs: Any) -> None:
         super().__init__(*arguments, **kwargs)
@@ -143,6 +147,8 @@ class ResumableTrainer(Trainer):
                 f"{started} processes were started, but each would train by itself into {self.args.output_dir!r} (world size {self.args.world_size}); on "
                 "CPUs add --use_cpu true"
             )
+        if self.args.push_to_hub:
+            self.add_callback(BundleCallback())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
         if isinstance(resume_from_checkpoint, str):
@@ -159,7 +165,58 @@ class ResumableTrainer(Trainer):
         if _internal_call:  # of a checkpoint
             return super().save_model(output_dir, _internal_call)
         with self._written(output_dir or self.args.output_dir):
-            super().save_model(output_dir)
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub:
+            self.push_to_hub("Model save")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ):
+        """Saves the model and sends it by `revdeq_hf.publishing.publish`, with its checks, its card and its errors; an adapter or a model of another kind
+        as Trainer does.
+
+        Args:
+            commit_message, token, revision, private: as in `publish`; default: the hub_ arguments of the TrainingArguments.
+            blocking: must be True for a model of this package.
+            card: entries of Trainer's card; refused for a model of this package, whose card is made from results.
+
+        Returns:
+            The Publication on the first process, None on others; for other models what Trainer returns.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(getattr(model, "config", None), BundledConfig) or hasattr(model, "peft_config"):
+            if private is not None:  # transformers 5.17 does not know it
+                card["private"] = private
+            return super().push_to_hub(commit_message, blocking, token, revision, **card)
+        if card or not blocking:
+            unused = sorted(card) + ([] if blocking else ["blocking=False"])
+            raise ValueError(
+                f"push_to_hub got {', '.join(unused)}, which it has no use for: the card is made from the results in {self.args.output_dir!r}, write your own "
+                "README.md there to have another; the checks end before it returns"
+            )
+        with self._written(self.args.output_dir):
+            self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        if self.hub_model_id is None:  # not made at the start, since it was not to be pushed then
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            self.hub_model_id = HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
+        return publish(
+            self.args.output_dir,
+            self.hub_model_id,
+            private=private,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message or "End of training",
+            token=token,
+        )
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

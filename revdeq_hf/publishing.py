@@ -393,7 +393,7 @@ def _send(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         head = api.model_info(repo_id, revision=revision)
         there = [sibling.rfilename for sibling in head.siblings or []]
-        deleted = [name for name in there if name not in publication.files and any(fnmatch(name, pattern) for pattern in REPLACED)]
+        deleted = [name for name in there if _is_replaced(name) and name not in publication.files]
         operations: list[Any] = [CommitOperationAdd(name, stage / name) for name in publication.files]
         operations += [CommitOperationDelete(name) for name in deleted]
         commit = api.create_commit(
@@ -406,6 +406,11 @@ def _send(
         )
     publication.deleted = deleted
     publication.url = commit.pr_url or commit.commit_url
+
+
+def _is_replaced(name: str) -> bool:
+    """Of a file of the repository; what lies in its folders is not of `publish` (Trainer's last-checkpoint, weights for other programs) and stays."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in REPLACED)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import re
 import subprocess
 import time
 import warnings
@@ -420,9 +421,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def run_record(command: str, device: torch.device) -> dict[str, Any]:
-    """What identifies a run: command, date, device, versions, and the commit where the package is part of a git checkout."""
+    """What identifies a run: command (without tokens), date, device, versions, and the commit where the package is part of a git checkout."""
     record = {
-        "command": command,
+        "command": re.sub(r"(--\w*token[ =])\S+", r"\1...", command),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": _device_name(device),
         "versions": {

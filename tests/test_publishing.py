@@ -1,5 +1,6 @@
 """Publishing: checked before, in one commit, whole or not at all; the Hub is the loopback server of hub_server.py."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,11 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from test_bundle import CLASSES, LANGUAGE, first_output, make, run_without_package
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import revdeq_hf
 from revdeq_hf import publishing
+from revdeq_hf.checkpoints import ResumableTrainer
 from revdeq_hf.publish import main
 from revdeq_hf.publishing import BundleCallback, publish
 
@@ -315,22 +317,19 @@ def test_other_outputs_or_a_drift_stop_it(folder, monkeypatch, capsys):
     assert "not published: the drift of a backward pass is 1e-09" in capsys.readouterr().err
 
 
+def arguments_of(place: Path, **settings) -> TrainingArguments:
+    rest = dict(push_to_hub=True, hub_model_id=NAME, report_to="none", use_cpu=True, disable_tqdm=True)
+    return TrainingArguments(str(place), max_steps=2, save_steps=1, **{**rest, **settings})
+
+
+DATA = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+
+
 def test_trainer_pushes_the_same_model(hub, tmp_path):
     """Also what it pushes during training, with BundleCallback: there transformers takes weights and configuration only."""
-    data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
     place = tmp_path / "run"
-    arguments = TrainingArguments(
-        str(place),
-        max_steps=2,
-        save_steps=1,
-        push_to_hub=True,
-        hub_model_id=NAME,
-        hub_always_push=True,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(make("RevDEQForCausalLM"), arguments, train_dataset=data, callbacks=[BundleCallback()])
+    arguments = arguments_of(place, hub_always_push=True)
+    trainer = Trainer(make("RevDEQForCausalLM"), arguments, train_dataset=DATA, callbacks=[BundleCallback()])
     trainer.train()
     trainer.push_in_progress.wait_until_done()
     code = {path.name for path in (tmp_path / "run" / "checkpoint-2").glob("*.py")}
@@ -341,3 +340,69 @@ def test_trainer_pushes_the_same_model(hub, tmp_path):
     for name in (*code, "config.json", "model.safetensors", "LICENSE", "requirements.txt"):
         assert hub.files(NAME)[name] == (tmp_path / "run" / name).read_bytes(), name
     assert hub.files(NAME)["model.safetensors"] == (place / "checkpoint-2" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("trusting")
+def test_resumable_trainer_pushes_what_publish_sends(hub, tmp_path):
+    """Whatever it pushed during training, the end is one repository: no pickles, no logs, the card made from results; checkpoints of Trainer stay."""
+    place = tmp_path / "run"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), pad_token="a")
+    arguments = arguments_of(place, hub_always_push=True, hub_strategy="checkpoint")
+    trainer = ResumableTrainer(make("RevDEQForCausalLM"), arguments, train_dataset=DATA, processing_class=tokenizer)
+    trainer.train()
+    during = hub.files(NAME)
+    assert {"training_args.bin", "modeling_revdeq.py"} <= during.keys()  # Trainer's own, and BundleCallback's
+    resumable = {name: content for name, content in during.items() if name.startswith("last-checkpoint/")}
+    assert "last-checkpoint/optimizer.pt" in resumable
+    trainer.save_model()  # pushes, as Trainer's does
+    assert hub.repositories[NAME].messages[-1] == "Model save"
+    assert trainer.push_to_hub().checks == publish(place, "user/published").checks
+    pushed, published = hub.files(NAME), hub.files("user/published")
+    assert {name: content for name, content in pushed.items() if "/" in name} == resumable
+    assert pushed.keys() - resumable.keys() == published.keys()
+    for name, content in published.items():
+        if name != "README.md":  # names the repository
+            assert pushed[name] == content, name
+    assert pushed["README.md"].replace(NAME.encode(), b"user/published") == published["README.md"]
+    assert (place / "training_args.bin").exists()
+
+
+@pytest.mark.usefixtures("trusting")
+def test_errors_of_a_push_are_those_of_publish(hub, tmp_path):
+    trainer = ResumableTrainer(make("RevDEQForCausalLM"), arguments_of(tmp_path / "run"), train_dataset=DATA)
+    with pytest.raises(ValueError, match=r"push_to_hub got language, tags, blocking=False, which it has no use for"):
+        trainer.push_to_hub(language="en", tags="a", blocking=False)
+    hub.break_at = f"POST /api/models/{NAME}/commit"
+    with pytest.raises(ConnectionError, match="nothing was published"):
+        trainer.save_model()
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    hub.break_at = None
+    trainer.save_model()
+    assert "model.safetensors" in hub.files(NAME)
+    later = ResumableTrainer(make("RevDEQForCausalLM"), arguments_of(tmp_path / "later", push_to_hub=False, hub_model_id=None))
+    assert later.push_to_hub(private=True).repo_id == "user/later"  # named after the folder
+    assert hub.repositories["user/later"].private
+
+
+def test_other_models_are_pushed_as_trainer_does(hub, tmp_path):
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    trainer = ResumableTrainer(LlamaForCausalLM(config), arguments_of(tmp_path / "run"), train_dataset=DATA)
+    trainer.push_to_hub(language="en")
+    assert "generated_from_trainer" in hub.files(NAME)["README.md"].decode()
+    assert "modeling_revdeq.py" not in hub.files(NAME)
+
+
+@pytest.mark.usefixtures("trusting", "scripts")
+def test_the_script_pushes_its_results(hub, tmp_path):
+    train_language = importlib.import_module("train_language")
+    (tmp_path / "text.txt").write_text("alpha beta gamma\n" * 300)
+    files = [flag for split in ("train", "validation", "test") for flag in (f"--{split}_file", str(tmp_path / "text.txt"))]
+    shape = ["--vocab_size", "300", "--block_size", "16", "--hidden_size", "16", "--intermediate_size", "16", "--sample_tokens", "1"]
+    hub_arguments = ["--push_to_hub", "true", "--hub_model_id", NAME, "--hub_strategy", "end", "--hub_token", hub.token]
+    place = tmp_path / "run"
+    train_language.main([*files, *shape, *hub_arguments, "--output_dir", str(place), "--max_steps", "2", "--use_cpu", "true"])
+    assert hub.repositories[NAME].messages[-2:] == ["Model save", "End of training"]
+    assert hub.files(NAME)["results.json"] == (place / "results.json").read_bytes()
+    assert {"modeling_revdeq.py", "tokenizer.json", "training.png"} <= hub.files(NAME).keys()
+    assert "From the logs of the training" in hub.files(NAME)["README.md"].decode()
+    assert not any(hub.token.encode() in content for content in hub.files(NAME).values())
