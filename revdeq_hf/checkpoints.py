@@ -135,6 +135,8 @@ def check_same_model(config: Any, checkpoint: str | os.PathLike) -> None:
 class ResumableTrainer(Trainer):
     """Trainer that goes on from whole checkpoints of the same model, tells what to do where one cannot be written, and pushes what `publish` sends."""
 
+    hub_model_id: str | None
+
     def __init__(self, *arguments: Any, **kwargs: Any) -> None:
         super().__init__(*arguments, **kwargs)
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
