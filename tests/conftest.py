@@ -2,7 +2,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # pytest -n: torch would take all cores in each process, and all would wait for one another
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # pytest -n: torch would take every core in each process, and all would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 from pathlib import Path
