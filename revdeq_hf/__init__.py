@@ -15,7 +15,13 @@ from .modeling_revdeq import (
     RevDEQModel,
     RevDEQPreTrainedModel,
 )
-from .modeling_revdeq_vision import RevDEQForImageClassification, RevDEQVisionBackbone, RevDEQVisionModel, RevDEQVisionPreTrainedModel
+from .modeling_revdeq_vision import (
+    RevDEQForImageClassification,
+    RevDEQForSemanticSegmentation,
+    RevDEQVisionBackbone,
+    RevDEQVisionModel,
+    RevDEQVisionPreTrainedModel,
+)
 
 __all__ = [
     "Diagnosis",
@@ -26,6 +32,7 @@ __all__ = [
     "RevDEQForCausalLM",
     "RevDEQForImageClassification",
     "RevDEQForQuestionAnswering",
+    "RevDEQForSemanticSegmentation",
     "RevDEQForSequenceClassification",
     "RevDEQForTokenClassification",
     "RevDEQModel",

@@ -25,6 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from .solver_revdeq import Digits, ExactState, Resolution, Scratch, per_row, resolution_for, rows
 
 RESIDUAL_FLOOR = 1e-5
+STAYING = (
+    0.75  # rows that met tol leave the batch when no more than this share would stay: copying the others costs little beside an evaluation
+)
 
 State = tuple[torch.Tensor, ...]
 
@@ -124,6 +127,18 @@ class Evaluator:
         self._generators: list[torch.Tensor] | None = None
         kinds = {self.device.type, "cpu"} - {"meta"}
         self.autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
+
+    @property
+    def rows_are_apart(self) -> bool:
+        """Whether rows can be taken out of every tensor that the block is given: x alone, which has them in its first dimension."""
+        _, context, kwargs = self.template
+        batch = self.shapes[0][:1]
+        return not context and not kwargs and all(t.shape[:1] == batch for t in self.tensors)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all rows but those of these indices."""
+        self.tensors = [t[rows] for t in self.tensors]
+        self.shapes = tuple(torch.Size((len(rows), *shape[1:])) for shape in self.shapes)
 
     def __call__(self, state: State, tensors: list[torch.Tensor]) -> State:
         """`f(state)` in the dtypes of the state; `tensors` take the places of the call's own."""
@@ -228,6 +243,8 @@ class Solve:
         beta, max_steps, tol: as in `ReversibleFixedPoint`.
         row_dims: leading dimensions of the state whose entries, its rows, are measured and stopped by themselves.
         record: whether to keep `trajectory`, the values of z after each step, and `step_residuals`, those at the start of each step.
+        noise: standard deviation of what is added to each value of the block on the path, 0 for none; residuals are those of the bare values. It follows
+            from `noise_seed` and the number of the evaluation, so that the backward pass meets it again.
 
     Attributes after `iterate`:
         taken, entered, evaluations: steps executed (the most of all rows), those begun (one more where `tol` ended it), calls of the block.
@@ -237,9 +254,18 @@ class Solve:
     """
 
     def __init__(
-        self, evaluator: Evaluator, beta: float, max_steps: int, tol: float | None, row_dims: int = 1, record: bool = False
+        self,
+        evaluator: Evaluator,
+        beta: float,
+        max_steps: int,
+        tol: float | None,
+        row_dims: int = 1,
+        record: bool = False,
+        noise: float = 0.0,
+        noise_seed: int = 0,
     ) -> None:
         self.evaluator = evaluator
+        self.noise, self.noise_seed = noise, noise_seed
         self.row_dims = row_dims
         self.record = record
         self.trajectory: list[State] = []
@@ -259,6 +285,8 @@ class Solve:
         self.residual: torch.Tensor | None = None
         self.clamped = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.nonfinite = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self._present: torch.Tensor | None = None  # indices of the rows still here, None: all
+        self._left: list[tuple[torch.Tensor, State, list[torch.Tensor]]] = []  # of rows that are finished: indices, z, figures
 
     def start(self, z0: State | None, scratch: Scratch) -> list[ExactState]:
         """The start state as integers; zero where `z0` is None."""
@@ -280,6 +308,7 @@ class Solve:
         z0: State | None,
         evaluate: Callable[[State, int], State],
         differentiable: bool = False,
+        compact: bool = False,
     ) -> State:
         """Runs the iteration, changing `y` and `z` in place: the one forward map of all gradient modes.
 
@@ -288,6 +317,7 @@ class Solve:
             z0: the tensors the start was made from, None where it is zero.
             evaluate: `f` of a state; its second argument counts the evaluations from 0.
             differentiable: whether autograd shall see the loop.
+            compact: whether rows that met `tol` may leave the batch, so that they cost nothing any more; for states that are not reversed.
 
         Returns:
             The value of z after the last step; NaN in the rows in which f was not finite.
@@ -325,14 +355,19 @@ class Solve:
             f = evaluate(z_values, 2 * step)
             if self.tol is not None or self.record or step == self.max_steps - 1:
                 self._measure(f, z_values)
-                if self.active is not None and not self.active.any():  # the one host synchronisation a step, with tol only
-                    if differentiable and step == 0:  # nothing was done: gradients are zero, but there are some
-                        z_values = tuple(_Relax.apply(part, None, value, 0.0, None) for part, value in zip(f, z_values, strict=True))
-                    break
+                if self.active is not None:
+                    count = int(self.active.sum())  # the one host synchronisation a step, with tol only
+                    if count == 0:
+                        if differentiable and step == 0:  # nothing was done: gradients are zero, but there are some
+                            z_values = tuple(_Relax.apply(part, None, value, 0.0, None) for part, value in zip(f, z_values, strict=True))
+                        break
+                    if compact and not self.evaluator.random and count <= STAYING * len(self.active):
+                        f, y_values, z_values = self._part_with_finished(y, z, f, y_values, z_values)
+            f = self.perturbed(f, 2 * step)
             advance(y, f, phase)
             self.phase = self.phase + 1 if self.active is None else self.phase + self.active
             y_values = renew(y, y_values, f)
-            f = evaluate(y_values, 2 * step + 1)
+            f = self.perturbed(evaluate(y_values, 2 * step + 1), 2 * step + 1)
             advance(z, f, phase)
             z_values = renew(z, z_values, f)
             if self.record:
@@ -341,7 +376,48 @@ class Solve:
             if self.steps is not None and self.active is not None:
                 self.steps = self.steps + self.active
         self.evaluations = 2 * self.taken + (self.entered > self.taken)
-        return self.poisoned(z_values)
+        return self.poisoned(self._reunite(z_values))
+
+    def perturbed(self, f: State, number: int) -> State:
+        """The block's value with the noise of this evaluation."""
+        if not self.noise:
+            return f
+        generator = torch.Generator(self.evaluator.device).manual_seed(self.noise_seed + number)
+        wide = torch.float64 if self.evaluator.dtype == torch.float64 else torch.float32
+        return tuple(
+            part + (self.noise * torch.randn(part.shape, generator=generator, device=part.device, dtype=wide)).to(part.dtype) for part in f
+        )
+
+    def _part_with_finished(self, y: list[ExactState], z: list[ExactState], *values: State) -> list[State]:
+        """Takes the rows that are not active out of everything; `values` (the last one of z) are returned without them."""
+        assert self.active is not None
+        going, staying = (~self.active).nonzero().squeeze(1), self.active.nonzero().squeeze(1)
+        present = torch.arange(len(self.active), device=self.active.device) if self._present is None else self._present
+        self._left.append((present[going], tuple(part[going] for part in values[-1]), [figure[going] for figure in self._figures()]))
+        self._present, self.active = present[staying], self.active[staying]
+        assert isinstance(self.phase, torch.Tensor)
+        self.phase = self.phase[staying]
+        self.steps, self.residual, self.clamped, self.nonfinite = (figure[staying] for figure in self._figures())
+        scratch = Scratch()
+        for state in (*y, *z):
+            state.keep(staying, scratch)
+        self.evaluator.keep(staying)
+        return [tuple(part[staying] for part in state) for state in values]
+
+    def _figures(self) -> list[torch.Tensor]:
+        assert self.steps is not None
+        assert self.residual is not None
+        return [self.steps, self.residual, self.clamped, self.nonfinite]
+
+    def _reunite(self, z_values: State) -> State:
+        """z, and the figures, of all rows in their order."""
+        if self._present is None:
+            return z_values
+        parts = [*self._left, (self._present, z_values, self._figures())]
+        order = torch.cat([indices for indices, _, _ in parts]).argsort()
+        together = lambda tensors: torch.cat(tensors)[order]  # noqa: E731
+        self.steps, self.residual, self.clamped, self.nonfinite = map(together, zip(*(figures for _, _, figures in parts), strict=True))
+        return tuple(map(together, zip(*(state for _, state, _ in parts), strict=True)))
 
     def poisoned(self, values: State) -> State:
         """The values, of states or of their gradients, with NaN in the rows in which f was not finite: a gradient scaler must see it."""
@@ -526,13 +602,13 @@ class _Reversible(torch.autograd.Function):
                     before = phase - 1 if active is None else phase - active.long()
                     factors = [solve.coefficients(active, g) for g in gz]
                     f, gy = evaluate_and_pull(y, phase, tuple(gain * g for (_, gain), g in zip(factors, gz, strict=True)), gy)
-                    for state, part in zip(z, f, strict=True):
+                    for state, part in zip(z, solve.perturbed(f, 2 * step + 1), strict=True):
                         state.retreat(part, step % segment, active)
                     kept_z, kept_y = (tuple(keep * g for (keep, _), g in zip(factors, pair, strict=True)) for pair in (gz, gy))
                     if step == 0:  # y and z are one tensor here
                         kept_z = tuple(a + b for a, b in zip(kept_z, kept_y, strict=True))
                     f, gz = evaluate_and_pull(z, before, tuple(gain * g for (_, gain), g in zip(factors, gy, strict=True)), kept_z)
-                    for state, part in zip(y, f, strict=True):
+                    for state, part in zip(y, solve.perturbed(f, 2 * step), strict=True):
                         state.retreat(part, step % segment, active)
                     gy = kept_y
                     phase = before
@@ -603,8 +679,14 @@ def solve_plain(solve: Solve, z0: State | None) -> State:
     """Without gradients: nothing is kept."""
     scratch = Scratch()
     y, z = solve.start(z0, scratch), solve.start(z0, scratch)
+    evaluator = solve.evaluator
+    # a compiled block would be compiled again for each number of rows
+    compact = evaluator.rows_are_apart and not evaluator.compiled and solve.row_dims == 1 and not solve.record
+    whole = evaluator.tensors, evaluator.shapes
     with torch.no_grad():
-        return solve.iterate(y, z, z0, lambda state, _: solve.evaluator(state, solve.evaluator.tensors))
+        out = solve.iterate(y, z, z0, lambda state, _: evaluator(state, evaluator.tensors), compact=compact)
+    evaluator.tensors, evaluator.shapes = whole
+    return out
 
 
 def solve_reversible(solve: Solve, z0: State | None, keep: int, certificate: Any) -> State:

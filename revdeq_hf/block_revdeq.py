@@ -193,6 +193,46 @@ class RevDEQConvBlock(nn.Module):
         return self.norm3(torch.relu(z + inner))
 
 
+def _half(kernel: tuple[int, int]) -> tuple[int, int]:
+    """The padding with which a convolution keeps the size of its grid."""
+    return kernel[0] // 2, kernel[1] // 2
+
+
+class RevDEQPositionNorm(nn.LayerNorm):
+    """LayerNorm over the channels at each position of (batch, channels, height, width)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states.movedim(1, -1)).movedim(-1, 1)
+
+
+class RevDEQRecallBlock(nn.Module):
+    """`f(z, x) = LN(conv(ReLU(LN(conv(z) + x))) + x)`, LN over the channels at each position.
+
+    There is no identity path from z, so that a position forgets what it was before and the map can contract, and nothing depends on the size of the
+    grid, whose far ends hear from one another by iteration alone. The input is recalled twice in every evaluation, as in Deep Thinking networks (arXiv
+    2202.05826).
+
+    Args:
+        config: `kernel_size` of the convolutions and `norm_eps` are read.
+        channels: channels of the state.
+        expansion: channels between the convolutions as a multiple of `channels`; x is added to the first ones of them.
+    """
+
+    def __init__(self, config: RevDEQVisionConfig, channels: int, expansion: int) -> None:
+        super().__init__()
+        hidden, kernel = channels * expansion, config.kernel_sides
+        self.conv1 = nn.Conv2d(channels, hidden, kernel, padding=_half(kernel))
+        self.norm1 = RevDEQPositionNorm(hidden, eps=config.norm_eps)
+        self.conv2 = nn.Conv2d(hidden, channels, kernel, padding=_half(kernel))
+        self.norm2 = RevDEQPositionNorm(channels, eps=config.norm_eps)
+
+    def forward(self, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """z and x (batch, channels, height, width)."""
+        inner = self.conv1(z)
+        wide = x if inner.shape == x.shape else nn.functional.pad(x, (0, 0, 0, 0, 0, inner.shape[1] - x.shape[1]))
+        return self.norm2(self.conv2(torch.relu(self.norm1(inner + wide))) + x)
+
+
 class RevDEQConvNextBlock(nn.Module):
     """The modern `f(z, x)` of the image model, in the manner of ConvNeXt: `u = GN(z) + x; f = GN(u + pointwise(act(pointwise(GN(depthwise(u))))))`.
 
@@ -207,9 +247,9 @@ class RevDEQConvNextBlock(nn.Module):
 
     def __init__(self, config: RevDEQVisionConfig, channels: int, expansion: int) -> None:
         super().__init__()
-        groups, kernel = channels // config.group_width, config.kernel_size
+        groups, kernel = channels // config.group_width, config.kernel_sides
         self.state_norm = nn.GroupNorm(groups, channels, eps=config.norm_eps)
-        self.depthwise = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels, bias=False)
+        self.depthwise = nn.Conv2d(channels, channels, kernel, padding=_half(kernel), groups=channels, bias=False)
         self.norm = nn.GroupNorm(groups, channels, eps=config.norm_eps)
         self.up_proj = nn.Conv2d(channels, channels * expansion, 1)
         self.down_proj = nn.Conv2d(channels * expansion, channels, 1)

@@ -2,6 +2,7 @@
 """Configurations of the language model and of the image classifier: fields, their checks, and the paper's presets."""
 
 import math
+from typing import cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
@@ -9,11 +10,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils.type_validators import interval
 
 from .hub_revdeq import BundledConfig
-from .layer_revdeq import check_solver_settings
+from .layer_revdeq import check_path_settings, check_solver_settings
 
 BLOCK_TYPES = ("modern", "paper")
+VISION_BLOCK_TYPES = (*BLOCK_TYPES, "recall")
 KV_CACHES = ("per_evaluation", "shared")
-STEMS = ("batch_norm", "group_norm")
+STEMS = ("batch_norm", "group_norm", "plain")
 MOST_LAYERS = 1000
 
 
@@ -39,6 +41,7 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
         solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
         steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}: each training batch draws its number of
             steps, see `steps_revdeq.py`; evaluation and generation take `max_steps`.
+        initial_scale, path_noise, num_restarts: as in `revdeq_hf.ReversibleFixedPoint`; the first and the last with `is_causal=False` only.
         kv_cache: "per_evaluation", one cache slot for every evaluation and layer, which equals the full forward pass; or "shared", one for every layer,
             which holds the keys and values of the last evaluation: `2 * max_steps` times smaller, any `max_steps` per call on one cache, the
             same at the fixed point and an approximation before it (see docs/language_model.md).
@@ -88,6 +91,9 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
     keep_evaluations: int = 1
     drift_policy: str = "warn"
     steps_sampling: dict | None = None
+    initial_scale: int | float = 0.0
+    path_noise: int | float = 0.0
+    num_restarts: int = 1
     kv_cache: str = "per_evaluation"
     attention_dropout: int | float = 0.0
     hidden_dropout: int | float = 0.0
@@ -179,11 +185,16 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
         check_solver_settings(
             self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
         )
+        check_path_settings(self.initial_scale, self.path_noise, self.num_restarts, self.solver)
+        if self.is_causal and self.initial_scale:
+            raise ValueError(
+                f"initial_scale={self.initial_scale} needs is_causal=False: a causal model meets its tokens in parts, where they have other start states"
+            )
 
 
 @strict
 class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
-    r"""Configuration of the image model: `RevDEQVisionModel`, `RevDEQForImageClassification` and `RevDEQVisionBackbone`.
+    r"""Configuration of the image model: `RevDEQVisionModel`, `RevDEQForImageClassification`, `RevDEQForSemanticSegmentation` and `RevDEQVisionBackbone`.
 
     Args:
         image_size: height and width of the images the processor makes; the model itself takes any size.
@@ -191,26 +202,30 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
         hidden_sizes: channels of each stage; between two stages the resolution is halved (rounded up).
         expansion_ratios: hidden channels of a stage's block, as a multiple of its channels. (With as many parameters as the paper's block of expansion 1
             the modern block has an expansion of about 9.)
-        block_type: the block of the stages: "paper", two 3x3 convolutions; or "modern", a depthwise and two pointwise convolutions in the manner of
-            ConvNeXt (`block_revdeq.py` has the formulas, docs/image_model.md compares them).
-        kernel_size, hidden_act: side of the modern block's depthwise convolution, an odd number, and its activation; the paper's block has 3 and ReLU
-            whatever they say.
+        block_type: the block of the stages: "paper", two 3x3 convolutions; "modern", a depthwise and two pointwise convolutions in the manner of
+            ConvNeXt; "recall", two convolutions without an identity path from the state, normalised at each position by itself, so that nothing depends
+            on the size of the grid (`block_revdeq.py` has the formulas, docs/image_model.md compares the first two, docs/think_longer.md has the third).
+        kernel_size: side of the modern block's depthwise and the recall block's convolutions, an odd number or two, height and width; the paper's
+            block has 3 whatever it says.
+        hidden_act: activation of the modern block; the others have ReLU.
         max_steps: steps of each stage's solve, a number for all or one per stage.
         beta: relaxation of the iteration, in (0, 2), not 1.
         tol: relative residual at which an example stops; None: always `max_steps`.
         solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
         steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}: each training batch draws its number of
             steps, see `steps_revdeq.py`; evaluation takes `max_steps`.
-        group_width: channels of a group of GroupNorm; must divide all channel counts.
+        initial_scale, path_noise, num_restarts: as in `revdeq_hf.ReversibleFixedPoint`.
+        group_width: channels of a group of GroupNorm; must divide all channel counts (of the recall block there are no groups).
         pool_size: side of the grid that features are averaged to before the classifier.
-        stem: what stands before the first stage: "batch_norm", 3x3 convolution, BatchNorm, ReLU; or "group_norm", 3x3 convolution with a bias and
-            GroupNorm, so that a network of one stage holds no statistics of batches.
+        stem: what stands before the first stage: "batch_norm", 3x3 convolution, BatchNorm, ReLU; "group_norm", 3x3 convolution with a bias and
+            GroupNorm, so that a network of one stage holds no statistics of batches; "plain", a convolution of `kernel_size` with a bias.
         stem_stride: the stem divides the resolution by so much (rounded up); its convolution is `2 * stem_stride - 1` wide, 3 at least. 1 suits small
             images such as CIFAR-10's; 2 or 4 make large ones affordable.
         residual_stages: whether a stage gives `x + z*(x)`, its input and the fixed point, or the fixed point alone.
         norm_eps: added to variances.
         initializer_range: standard deviation of the classifier's weights, whose biases start at 0; None: weights and biases uniform in
             `+-1/sqrt(inputs)`, as the authors' start. (Convolutions start so whatever this field says.)
+        semantic_loss_ignore_index: label of the pixels that count for nothing in the loss of `RevDEQForSemanticSegmentation`.
         out_features, out_indices: for `RevDEQVisionBackbone`, the names out of `stage_names` or their indices, in order, of the maps that it returns; set
             one of them. Default: the last stage.
 
@@ -230,7 +245,7 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
     hidden_sizes: list[int] | tuple[int, ...] = (128, 256, 256, 128)
     expansion_ratios: list[int] | tuple[int, ...] = (1, 3, 3, 1)
     block_type: str = "paper"
-    kernel_size: int = 5
+    kernel_size: int | list[int] | tuple[int, ...] = 5
     hidden_act: str = "gelu"
     max_steps: int | list[int] | tuple[int, ...] = 4
     beta: int | float = 0.8
@@ -240,6 +255,9 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
     keep_evaluations: int = 1
     drift_policy: str = "warn"
     steps_sampling: dict | None = None
+    initial_scale: int | float = 0.0
+    path_noise: int | float = 0.0
+    num_restarts: int = 1
     group_width: int = 16
     pool_size: int = 1
     stem: str = "batch_norm"
@@ -247,11 +265,14 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
     residual_stages: bool = True
     norm_eps: float = 1e-5
     initializer_range: int | float | None = 0.02
+    semantic_loss_ignore_index: int = 255
 
     def __post_init__(self, **kwargs):
         self.hidden_sizes, self.expansion_ratios = list(self.hidden_sizes), list(self.expansion_ratios)
         if not isinstance(self.max_steps, int):
             self.max_steps = list(self.max_steps)
+        if not isinstance(self.kernel_size, int):
+            self.kernel_size = list(self.kernel_size)
         kwargs.pop("stage_names", None)  # they follow from hidden_sizes
         layers = kwargs.pop("num_hidden_layers", self.num_hidden_layers)
         if layers != self.num_hidden_layers:
@@ -303,22 +324,47 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
         )
         return cls(**{**settings, **kwargs})
 
+    @classmethod
+    def dense_prediction(cls, **kwargs) -> "RevDEQVisionConfig":
+        """A network of one stage for `RevDEQForSemanticSegmentation` that solves grids larger than those it was trained on, by more steps.
+
+        The recall block of 64 channels and nothing that depends on the grid's size. Give `num_channels` and `num_labels` of the problem, and
+        `kernel_size=[1, 3]` for sequences, as grids of height 1. Steps are drawn from 6 to 24 in training (`steps_sampling`).
+        """
+        settings = dict(
+            hidden_sizes=[64],
+            expansion_ratios=[1],
+            block_type="recall",
+            kernel_size=3,
+            max_steps=24,
+            steps_sampling={"distribution": "uniform", "min_steps": 6, "max_steps": 24},
+            stem="plain",
+            residual_stages=False,
+        )
+        return cls(**{**settings, **kwargs})
+
+    @property
+    def kernel_sides(self) -> tuple[int, int]:
+        """`kernel_size` as height and width."""
+        size = self.kernel_size
+        return (size, size) if isinstance(size, int) else cast(tuple[int, int], tuple(size))
+
     def validate_architecture(self):
-        _check_at_least(self, 1, "image_size", "num_channels", "group_width", "pool_size", "kernel_size", "stem_stride")
+        _check_at_least(self, 1, "image_size", "num_channels", "group_width", "pool_size", "stem_stride")
         sizes, ratios = self.hidden_sizes, self.expansion_ratios
         if not sizes or any(not isinstance(n, int) or n < 1 for n in (*sizes, *ratios)):
             raise ValueError(f"hidden_sizes and expansion_ratios must be non-empty lists of whole numbers >= 1, got {sizes} and {ratios}")
         if len(ratios) != len(sizes):
             raise ValueError(f"expansion_ratios must have one entry per stage, got {len(ratios)} for {len(sizes)} hidden_sizes")
         for size in sizes:
-            if size % self.group_width:
+            if size % self.group_width and (self.block_type != "recall" or self.stem == "group_norm"):
                 raise ValueError(f"group_width must divide the channels of every stage, got {self.group_width} and {size}")
         if len(self.steps_per_stage) != len(sizes):
             raise ValueError(f"max_steps must be a number or have one entry per stage, got {self.max_steps} for {len(sizes)} stages")
         _check_member(self, "stem", STEMS)
-        _check_member(self, "block_type", BLOCK_TYPES)
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, so that the state keeps its size, got {self.kernel_size}")
+        _check_member(self, "block_type", VISION_BLOCK_TYPES)
+        if len(self.kernel_sides) != 2 or any(side < 1 or side % 2 == 0 for side in self.kernel_sides):
+            raise ValueError(f"kernel_size must be odd, a number or two, so that the state keeps its size, got {self.kernel_size}")
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
         if self.initializer_range is not None and not 0 <= self.initializer_range <= 1:
@@ -329,6 +375,7 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
             check_solver_settings(
                 self.beta, steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
             )
+        check_path_settings(self.initial_scale, self.path_noise, self.num_restarts, self.solver)
 
 
 def _check_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:

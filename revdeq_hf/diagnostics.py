@@ -164,7 +164,9 @@ def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, powe
     (x, *context), named = tree_map_only(torch.Tensor, torch.Tensor.detach, (given, named))
     x = tree_map_only(torch.Tensor, torch.Tensor.requires_grad_, x)
     settings = {name: named.pop(name) for name in ("z0", "max_steps", "gradient") if name in named}
-    named.pop("output_trajectory", None)
+    for name in ("output_trajectory", "num_restarts"):
+        named.pop(name, None)
+    settings["num_restarts"] = 1  # of several start states the first
     settings["max_steps"] = settings.get("max_steps") or layer.max_steps  # a number, so that none is drawn
     device = tree_leaves(x)[0].device
     generators, buffers = generator_states(device), [(buffer, buffer.clone()) for buffer in layer.buffers()]

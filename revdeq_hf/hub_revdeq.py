@@ -32,6 +32,7 @@ AUTO_MAPS = {
         "AutoConfig": "configuration_revdeq.RevDEQVisionConfig",
         "AutoModel": "modeling_revdeq_vision.RevDEQVisionModel",
         "AutoModelForImageClassification": "modeling_revdeq_vision.RevDEQForImageClassification",
+        "AutoModelForSemanticSegmentation": "modeling_revdeq_vision.RevDEQForSemanticSegmentation",
         "AutoBackbone": "modeling_revdeq_vision.RevDEQVisionBackbone",
     },
 }

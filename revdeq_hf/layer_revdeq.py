@@ -25,7 +25,7 @@ from .adjoint_revdeq import (
 )
 from .fixed_point_solvers_revdeq import DIFFERENTIABLE_SOLVERS, FLOAT_SOLVERS
 from .implicit_revdeq import Approximation, attach_implicit, attach_phantom, solve_float, unflatten
-from .solver_revdeq import rational_beta
+from .solver_revdeq import per_row, rational_beta
 from .steps_revdeq import check_steps, check_steps_sampling, draw_steps
 
 EXACT_MODES = ("reversible", "checkpoint", "backprop")
@@ -222,11 +222,18 @@ class ReversibleFixedPoint(nn.Module):
             that differs; `layer.beta` is the value in use. Converges for beta < 2 / (1 + k) if the block is k-Lipschitz in z, k < 1.
         max_steps: N >= 1; a step is two evaluations of the block.
         tol: None: always `max_steps`. A float >= 0: each row stops at the first step at whose start its relative residual is
-            at most `tol`; its state is frozen there. Costs one host synchronisation a step and one evaluation to notice the end.
+            at most `tol`; its state is frozen there. Costs one host synchronisation a step and one evaluation to notice the end. Without gradients,
+            where the block is given x alone and rows are examples, finished examples leave the batch and cost nothing any more.
         row_dims: leading dimensions of the state whose entries are measured and stopped by themselves: 1, examples; 2, for states of shape
             (batch, positions, ...), also positions. The solvers "picard", "relaxed", "anderson" and "broyden" know examples only.
         steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}, see `steps_revdeq.py`: in training
             mode with gradients each solve draws its number of steps, unless `max_steps` is given in the call.
+        initial_scale: standard deviation of the start state, 0: it is zero. In training mode with gradients it is drawn anew for every example, so that
+            the layer learns to forget where it began (path independence, arXiv 2211.09961); else it is a fixed draw, the same for every example.
+        path_noise: standard deviation of the noise that training mode with gradients adds to every value of the block on the path, replayed in the
+            backward pass: for a fixed point that is found again after a push. Solver "reversible" only.
+        num_restarts: R >= 1; outside of training mode with gradients R solves are run from R fixed draws of the start state, one after the other, and each
+            example takes the one of the smallest residual (with `row_dims=2` the mean of its positions). Needs `initial_scale > 0`.
         gradient: "reversible" (states are reconstructed), "checkpoint" (inputs of the evaluations are kept), "backprop" (all is kept): same
             outputs, same gradients. "implicit" and "phantom": same outputs, approximate gradients, none to z0 (see `implicit_revdeq.py`).
         solver: "reversible"; or "picard", "relaxed" (any gradient but "reversible"), "anderson", "broyden" (gradients "implicit" and "phantom"), see
@@ -283,6 +290,9 @@ class ReversibleFixedPoint(nn.Module):
         drift_policy: str = "warn",
         row_dims: int = 1,
         steps_sampling: "Mapping[str, Any] | None" = None,
+        initial_scale: float = 0.0,
+        path_noise: float = 0.0,
+        num_restarts: int = 1,
         solver_memory: int = 6,
         adjoint_tol: float = 1e-6,
         adjoint_max_steps: int = 50,
@@ -307,6 +317,8 @@ class ReversibleFixedPoint(nn.Module):
             raise ValueError(f"row_dims must be 1 (examples) or 2 (positions of examples), got {row_dims!r}")
         self.row_dims = row_dims
         self.steps_sampling = None if steps_sampling is None else dict(steps_sampling)
+        check_path_settings(initial_scale, path_noise, num_restarts, solver)
+        self.initial_scale, self.path_noise, self.num_restarts = float(initial_scale), float(path_noise), num_restarts
         for name, value in (("solver_memory", solver_memory), ("adjoint_max_steps", adjoint_max_steps), ("phantom_steps", phantom_steps)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
@@ -332,7 +344,11 @@ class ReversibleFixedPoint(nn.Module):
     @property
     def draws_steps(self) -> bool:
         """Whether a call without `max_steps` would now draw its number of steps."""
-        return self.steps_sampling is not None and self.training and torch.is_grad_enabled()
+        return self.steps_sampling is not None and self._learns
+
+    @property
+    def _learns(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     def extra_repr(self) -> str:
         return f"beta={self.beta:g}, max_steps={self.max_steps}, tol={self.tol}, gradient={self.gradient!r}, solver={self.solver!r}"
@@ -345,6 +361,7 @@ class ReversibleFixedPoint(nn.Module):
         max_steps: int | None = None,
         gradient: str | None = None,
         output_trajectory: bool = False,
+        num_restarts: int | None = None,
         **block_kwargs,
     ) -> FixedPointSolution:
         """Solves for the fixed point.
@@ -354,7 +371,7 @@ class ReversibleFixedPoint(nn.Module):
             context: further positional arguments of the block. Tensors in them (also inside tuples, lists and dicts) get gradients.
             z0: start state instead of zero, of the state's form. Gets a gradient. Values beyond the state limit (2048 for beta < 1) are clamped
                 and counted.
-            max_steps, gradient: instead of the layer's.
+            max_steps, gradient, num_restarts: instead of the layer's. With `z0` there is nothing to restart from, and one solve is run.
             output_trajectory: also return the state after every step and the residual at the start of every step; costs a state tensor a step.
             block_kwargs: keyword arguments of the block; tensors in them get gradients.
 
@@ -366,10 +383,39 @@ class ReversibleFixedPoint(nn.Module):
             DriftError: in the backward pass, see `drift_policy`.
         """
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        return self._solve(compiling, x, context, z0, max_steps, gradient, output_trajectory, block_kwargs)
+        if num_restarts is not None:
+            check_path_settings(self.initial_scale, self.path_noise, num_restarts, self.solver)
+        restarts = self.num_restarts if num_restarts is None else num_restarts
+        settings = (compiling, x, context, max_steps, gradient, output_trajectory, block_kwargs)
+        if z0 is not None or not self.initial_scale:
+            return self._solve(z0, *settings)
+        _check_state(x, "x", self.row_dims)
+        if self._learns:
+            return self._solve(self._start(x, None), *settings)
+        if restarts > 1 and output_trajectory:
+            raise ValueError(f"output_trajectory follows one solve, got num_restarts={restarts}; set num_restarts=1")
+        best = self._solve(self._start(x, 0), *settings)
+        for number in range(1, restarts):
+            best = better_of(best, self._solve(self._start(x, number), *settings))
+        self.statistics = SolveStatistics(**{name: getattr(best, name) for name in SolveStatistics.__dataclass_fields__})
+        return best
+
+    def _start(self, x, number: int | None) -> "torch.Tensor | tuple[torch.Tensor, ...]":
+        """A start state of the form of x: a new draw for every example, or the fixed draw of this number for all."""
+
+        def draw(part: torch.Tensor) -> torch.Tensor:
+            if number is None:
+                return self.initial_scale * torch.randn_like(part)
+            # on the CPU, which every device has: the same everywhere
+            values = torch.randn(part.shape[1:], generator=generator, dtype=torch.float32)
+            return (self.initial_scale * values).to(part.device, part.dtype).expand_as(part)
+
+        generator = torch.Generator().manual_seed(number or 0)
+        with torch.no_grad():
+            return tuple(map(draw, x)) if isinstance(x, tuple) else draw(x)
 
     @torch.compiler.disable
-    def _solve(self, compiling: bool, x, context, z0, max_steps, gradient, output_trajectory, block_kwargs) -> FixedPointSolution:
+    def _solve(self, z0, compiling: bool, x, context, max_steps, gradient, output_trajectory, block_kwargs) -> FixedPointSolution:
         """Eager; where the caller is being compiled, the block is compiled by itself, and the same program serves both passes."""
         block = self.block
         if compiling:
@@ -414,7 +460,9 @@ class ReversibleFixedPoint(nn.Module):
         recompute_before = 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0
         follow = wants_gradient and mode in EXACT_MODES
         if self.solver == "reversible":
-            solve = Solve(evaluator, self.beta, steps, self.tol, self.row_dims, record)
+            noise = self.path_noise if self._learns else 0.0
+            seed = int(torch.randint(2**62, ())) if noise else 0
+            solve = Solve(evaluator, self.beta, steps, self.tol, self.row_dims, record, noise, seed)
             if not follow:
                 z = solve_plain(solve, start)
             elif mode == "reversible":
@@ -446,6 +494,35 @@ class ReversibleFixedPoint(nn.Module):
 def fixed_point_layers(model: nn.Module) -> list[tuple[str, ReversibleFixedPoint]]:
     """The fixed-point layers of a model (wrapped or not) with their names, in order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ReversibleFixedPoint)]
+
+
+def better_of(one: FixedPointSolution, other: FixedPointSolution) -> FixedPointSolution:
+    """For each example the solution of the smaller residual (mean over its positions); the evaluations are those of both."""
+    assert one.residual is not None
+    assert other.residual is not None
+    mean = lambda residual: residual.flatten(1).mean(1) if residual.dim() > 1 else residual  # noqa: E731
+    other_is_better = (mean(other.residual) < mean(one.residual)) | mean(one.residual).isnan()
+
+    def choose(a, b):
+        return tuple(map(choose, a, b)) if isinstance(a, tuple) else torch.where(per_row(other_is_better, a), b, a)
+
+    figures = {name: choose(getattr(one, name), getattr(other, name)) for name in ("z", "steps", "residual", "clamped", "nonfinite")}
+    return FixedPointSolution(**figures, evaluations=one.evaluations + other.evaluations, shapes=one.shapes)
+
+
+def check_path_settings(initial_scale: float, path_noise: float, num_restarts: int, solver: str) -> None:
+    """Raises ValueError, with what was got and what was expected, unless the settings of the path suit `ReversibleFixedPoint`."""
+    for name, value in (("initial_scale", initial_scale), ("path_noise", path_noise)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    if path_noise and solver != "reversible":
+        raise ValueError(f"path_noise={path_noise} needs solver='reversible', got {solver!r}")
+    if isinstance(num_restarts, bool) or not isinstance(num_restarts, int) or num_restarts < 1:
+        raise ValueError(f"num_restarts must be a whole number >= 1, got {num_restarts!r}")
+    if num_restarts > 1 and not initial_scale:
+        raise ValueError(
+            f"num_restarts={num_restarts} from a start state of zero would find the same {num_restarts} times; set initial_scale > 0"
+        )
 
 
 def check_solver_settings(

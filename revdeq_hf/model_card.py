@@ -49,6 +49,7 @@ RECORD = (
 KINDS = {
     "RevDEQForCausalLM": ("text-generation", "AutoModelForCausalLM", "causal language model"),
     "RevDEQForImageClassification": ("image-classification", "AutoModelForImageClassification", "image classifier"),
+    "RevDEQForSemanticSegmentation": ("image-segmentation", "AutoModelForSemanticSegmentation", "classifier of pixels"),
     "RevDEQForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification", "text classifier"),
     "RevDEQForTokenClassification": ("token-classification", "AutoModelForTokenClassification", "token classifier"),
     "RevDEQForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering", "extractive question answering model"),

@@ -203,6 +203,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
             drift_policy=config.drift_policy,
             row_dims=2 if config.solver == "reversible" else 1,
             steps_sampling=config.steps_sampling,
+            initial_scale=config.initial_scale,
+            path_noise=config.path_noise,
+            num_restarts=config.num_restarts,
         )
         self.coda = nn.ModuleList(RevDEQLayer(config, index) for index in range(config.num_coda_layers))
         self.gradient_checkpointing = False

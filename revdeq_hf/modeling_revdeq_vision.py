@@ -1,21 +1,26 @@
 # Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
-"""The image model: stages that each add the fixed point of a convolutional block; a classifier, and a backbone that returns the stages' maps."""
+"""The image model: stages that each add the fixed point of a convolutional block; a classifier of images, one of pixels, and a backbone that returns maps."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoolingAndNoAttention, ImageClassifierOutputWithNoAttention
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+    SemanticSegmenterOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 
-from .block_revdeq import RevDEQConvBlock, RevDEQConvNextBlock
+from .block_revdeq import RevDEQConvBlock, RevDEQConvNextBlock, RevDEQRecallBlock
 from .configuration_revdeq import RevDEQVisionConfig
 from .hub_revdeq import BundledModel
 from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint
@@ -49,6 +54,23 @@ class RevDEQImageClassifierOutput(ImageClassifierOutputWithNoAttention):
     Args:
         solver_steps (`torch.LongTensor` of shape `(batch, stages)`): With `output_solver_stats=True`, steps each image took.
         solver_residual (`torch.FloatTensor` of shape `(batch, stages)`): With `output_solver_stats=True`, relative residuals, see `FixedPointSolution`.
+        trajectory (`tuple(tuple(torch.FloatTensor))`): With `output_trajectory=True`, as in `RevDEQVisionModelOutput`.
+        step_residuals (`tuple(torch.FloatTensor)`): With `output_trajectory=True`, as in `RevDEQVisionModelOutput`.
+    """
+
+    solver_steps: torch.Tensor | None = None
+    solver_residual: torch.Tensor | None = None
+    trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    step_residuals: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class RevDEQSemanticSegmenterOutput(SemanticSegmenterOutput):
+    """`SemanticSegmenterOutput` and the figures of the solve, by which an answer can be trusted or not.
+
+    Args:
+        solver_steps (`torch.LongTensor` of shape `(batch, 1)`): Steps each grid took.
+        solver_residual (`torch.FloatTensor` of shape `(batch, 1)`): Relative residuals, see `FixedPointSolution`.
         trajectory (`tuple(tuple(torch.FloatTensor))`): With `output_trajectory=True`, as in `RevDEQVisionModelOutput`.
         step_residuals (`tuple(torch.FloatTensor)`): With `output_trajectory=True`, as in `RevDEQVisionModelOutput`.
     """
@@ -120,10 +142,15 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
         super().__init__(config)
         config.validate()
         sizes = config.hidden_sizes
-        stride, kernel = config.stem_stride, max(3, 2 * config.stem_stride - 1)
-        convolution = nn.Conv2d(config.num_channels, sizes[0], kernel, stride, kernel // 2, bias=config.stem == "group_norm")
+        stride = config.stem_stride
+        sides = config.kernel_sides if config.stem == "plain" else (3, 3)
+        height, width = (max(side, 2 * stride - 1) for side in sides)
+        padding = (height // 2, width // 2)
+        convolution = nn.Conv2d(config.num_channels, sizes[0], (height, width), stride, padding, bias=config.stem != "batch_norm")
         if config.stem == "batch_norm":
             self.stem = nn.Sequential(convolution, nn.BatchNorm2d(sizes[0], eps=config.norm_eps), nn.ReLU())
+        elif config.stem == "plain":
+            self.stem = nn.Sequential(convolution)
         else:
             self.stem = nn.Sequential(convolution, nn.GroupNorm(sizes[0] // config.group_width, sizes[0], eps=config.norm_eps))
         self.stages = nn.ModuleList(
@@ -137,6 +164,9 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
                 keep_evaluations=config.keep_evaluations,
                 drift_policy=config.drift_policy,
                 steps_sampling=config.steps_sampling,
+                initial_scale=config.initial_scale,
+                path_noise=config.path_noise,
+                num_restarts=config.num_restarts,
             )
             for size, ratio, steps in zip(sizes, config.expansion_ratios, config.steps_per_stage, strict=True)
         )
@@ -145,13 +175,17 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
             self._no_split_modules = [*self._no_split_modules, "RevDEQVisionDownsample"]
 
     def compute_maps(
-        self, pixel_values: torch.Tensor | None, max_steps: "int | list[int] | None" = None, output_trajectory: bool = False
+        self,
+        pixel_values: torch.Tensor | None,
+        max_steps: "int | list[int] | None" = None,
+        output_trajectory: bool = False,
+        num_restarts: int | None = None,
     ) -> tuple[list[torch.Tensor], list[FixedPointSolution]]:
         """The maps of the stem and of each stage, and the stages' solutions.
 
         Args:
             pixel_values: (batch, channels, height, width), floating.
-            max_steps, output_trajectory: as in `RevDEQVisionModel.forward`.
+            max_steps, output_trajectory, num_restarts: as in `RevDEQVisionModel.forward`.
 
         Returns:
             `1 + stages` maps: the stem's (batch, hidden_sizes[0], height, width), then the stages', stage i (from 0) of
@@ -171,7 +205,8 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
             if index:
                 hidden_states = self.downsamples[index - 1](hidden_states).to(dtype)
             drawn = max_steps is None and stage.draws_steps
-            solution = stage(hidden_states, max_steps=None if drawn else steps[index], output_trajectory=output_trajectory)
+            asked = dict(max_steps=None if drawn else steps[index], output_trajectory=output_trajectory, num_restarts=num_restarts)
+            solution = stage(hidden_states, **asked)
             # a device map may part x and z
             hidden_states = hidden_states.to(solution.z.device) + solution.z if self.config.residual_stages else solution.z
             maps.append(hidden_states)
@@ -220,6 +255,8 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
 def _make_block(config: RevDEQVisionConfig, channels: int, expansion: int) -> nn.Module:
     if config.block_type == "modern":
         return RevDEQConvNextBlock(config, channels, expansion)
+    if config.block_type == "recall":
+        return RevDEQRecallBlock(config, channels, expansion)
     return RevDEQConvBlock(channels, expansion, config.group_width, config.norm_eps)
 
 
@@ -246,6 +283,7 @@ class RevDEQVisionModel(RevDEQVisionNetwork):
         max_steps: "int | list[int] | None" = None,
         output_hidden_states: bool | None = None,
         output_trajectory: bool = False,
+        num_restarts: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQVisionModelOutput:
         r"""
@@ -257,8 +295,10 @@ class RevDEQVisionModel(RevDEQVisionNetwork):
         output_trajectory (`bool`, *optional*, defaults to `False`):
             Whether to return `trajectory` and `step_residuals`, at the price of a state for every step of every stage. A stage's state after step n is
             what it would add to its input (`config.residual_stages`) had its solve ended there; images that met `config.tol` keep theirs.
+        num_restarts (`int`, *optional*):
+            Start states of each stage's solve, of which each image takes the solution of the smallest residual, instead of `config.num_restarts`.
         """
-        maps, solutions = self.compute_maps(pixel_values, max_steps, output_trajectory)
+        maps, solutions = self.compute_maps(pixel_values, max_steps, output_trajectory, num_restarts)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return RevDEQVisionModelOutput(
@@ -378,6 +418,105 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
 
 @auto_docstring(
     custom_intro="""
+    The image model of one stage with a linear layer at every pixel: one label per pixel at full resolution. Trained on small grids it solves larger
+    ones by more steps, see docs/think_longer.md.
+    """
+)
+class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
+    accepts_loss_kwargs = False  # Trainer counts labels other than -100, not those that count here
+
+    def __init__(self, config: RevDEQVisionConfig) -> None:
+        super().__init__(config)
+        if len(config.hidden_sizes) != 1 or config.stem_stride != 1:
+            raise ValueError(
+                f"a label for every pixel needs one stage at full resolution, got hidden_sizes={config.hidden_sizes} and stem_stride="
+                f"{config.stem_stride}; RevDEQVisionConfig.dense_prediction() is such a network, and RevDEQVisionBackbone serves segmenters that decode"
+            )
+        self.num_labels = config.num_labels
+        self.model = RevDEQVisionModel(config)
+        self.classifier = nn.Conv2d(config.hidden_sizes[0], config.num_labels, 1)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        max_steps: "int | list[int] | None" = None,
+        output_hidden_states: bool | None = None,
+        output_trajectory: bool = False,
+        num_restarts: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RevDEQSemanticSegmenterOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch, height, width)`, *optional*):
+            Classes, from 0 to `config.num_labels` - 1, or `config.semantic_loss_ignore_index` for a pixel that counts for nothing. The loss is the mean
+            cross-entropy of the others.
+        max_steps (`int` or `list[int]`, *optional*):
+            Steps of the solve instead of `config.max_steps`: a larger grid needs more.
+        output_hidden_states (`bool`, *optional*):
+            Whether to return `hidden_states`, the maps of the stem and of the stage.
+        output_trajectory (`bool`, *optional*, defaults to `False`):
+            Whether to return `trajectory` and `step_residuals`, at the price of a state for every step, see `RevDEQVisionModel.forward`.
+        num_restarts (`int`, *optional*):
+            Start states, of which each grid takes the solution of the smallest residual, instead of `config.num_restarts`.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from revdeq_hf import RevDEQForSemanticSegmentation, RevDEQVisionConfig
+
+        >>> config = RevDEQVisionConfig.dense_prediction(num_channels=3, num_labels=2)
+        >>> model = RevDEQForSemanticSegmentation(config).eval()
+        >>> model(torch.randn(1, 3, 9, 9)).logits.shape, model(torch.randn(1, 3, 21, 33), max_steps=60).logits.shape
+        (torch.Size([1, 2, 9, 9]), torch.Size([1, 2, 21, 33]))
+
+        ```"""
+        if labels is not None and isinstance(pixel_values, torch.Tensor):
+            self._check_labels(labels, pixel_values)
+        outputs: RevDEQVisionModelOutput = self.model(
+            pixel_values,
+            max_steps=max_steps,
+            output_hidden_states=output_hidden_states,
+            output_trajectory=output_trajectory,
+            num_restarts=num_restarts,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            ignored = self.config.semantic_loss_ignore_index
+            loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), ignore_index=ignored)
+        return RevDEQSemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            solver_steps=outputs.solver_steps,
+            solver_residual=outputs.solver_residual,
+            trajectory=outputs.trajectory,
+            step_residuals=outputs.step_residuals,
+        )
+
+    def _check_labels(self, labels: torch.Tensor, pixel_values: torch.Tensor) -> None:
+        """Raises ValueError unless there is a label of the model's for each pixel."""
+        count, ignored = self.config.num_labels, self.config.semantic_loss_ignore_index
+        expected = (pixel_values.shape[0], *pixel_values.shape[2:])
+        if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or tuple(labels.shape) != expected:
+            got = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, torch.Tensor) else type(labels).__name__
+            raise ValueError(f"labels must be (batch, height, width) = {expected} of torch.int64, one class per pixel, got {got}")
+        if _may_look(labels):
+            wrong = labels[((labels < 0) | (labels >= count)) & (labels != ignored)]
+            if wrong.numel():
+                raise ValueError(
+                    f"labels must lie in [0, num_labels) = [0, {count}), or be config.semantic_loss_ignore_index = {ignored} to be ignored, got "
+                    f"{sorted(set(wrong.tolist()))[:5]}; make the model with num_labels (or id2label) of the data"
+                )
+
+
+@auto_docstring(
+    custom_intro="""
     The image model as a backbone for detectors and segmenters: the maps of the stages that `config.out_features` names.
     """
 )
@@ -438,9 +577,16 @@ if not __name__.startswith("transformers_modules."):
 for auto_class, names, model_class in (
     (AutoModel, modeling_auto.MODEL_MAPPING_NAMES, RevDEQVisionModel),
     (AutoModelForImageClassification, modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, RevDEQForImageClassification),
+    (AutoModelForSemanticSegmentation, modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, RevDEQForSemanticSegmentation),
     (AutoBackbone, modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES, RevDEQVisionBackbone),
 ):
     auto_class.register(RevDEQVisionConfig, model_class, exist_ok=True)
     names.setdefault("revdeq_vision", model_class.__name__)
 
-__all__ = ["RevDEQForImageClassification", "RevDEQVisionBackbone", "RevDEQVisionModel", "RevDEQVisionPreTrainedModel"]
+__all__ = [
+    "RevDEQForImageClassification",
+    "RevDEQForSemanticSegmentation",
+    "RevDEQVisionBackbone",
+    "RevDEQVisionModel",
+    "RevDEQVisionPreTrainedModel",
+]

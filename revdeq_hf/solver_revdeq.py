@@ -312,6 +312,11 @@ class ExactState:
             q.mul_(per_row(active, q))
         self.integers.add_(q, alpha=factor)
 
+    def keep(self, rows: torch.Tensor, scratch: Scratch) -> None:
+        """Drops all rows but those of these indices; for states that are not to be reversed."""
+        self.integers, self.digits.words = self.integers[rows], [word[rows] for word in self.digits.words]
+        self._scratch = scratch
+
     def spill(self, active: torch.Tensor | None = None) -> None:
         """Ends a segment: the digits below the resolution go to the stack; the phase of the active rows goes from K to 0."""
         take, give, sign = self._bases()

@@ -26,6 +26,9 @@ LANGUAGE = dict(
     vocab_size=97, hidden_size=32, intermediate_size=48, num_attention_heads=4, beta=0.8, max_steps=3, num_labels=3, pad_token_id=0
 )
 IMAGES = dict(hidden_sizes=[16, 32], expansion_ratios=[1, 1], max_steps=3, image_size=8, num_labels=4)
+GRIDS = dict(
+    hidden_sizes=[16], expansion_ratios=[1], block_type="recall", stem="plain", kernel_size=3, residual_stages=False, initial_scale=1.0
+)
 CLASSES = {
     "RevDEQModel": "AutoModel",
     "RevDEQForCausalLM": "AutoModelForCausalLM",
@@ -34,6 +37,7 @@ CLASSES = {
     "RevDEQForQuestionAnswering": "AutoModelForQuestionAnswering",
     "RevDEQVisionModel": "AutoModel",
     "RevDEQForImageClassification": "AutoModelForImageClassification",
+    "RevDEQForSemanticSegmentation": "AutoModelForSemanticSegmentation",
     "RevDEQVisionBackbone": "AutoBackbone",
 }
 # The rest of this text runs where the package is absent, here and in test_publishing.py: `folders` holds what to load, by class.
@@ -75,10 +79,15 @@ def first_output(model: torch.nn.Module) -> torch.Tensor:
     return names["first_output"](model)
 
 
+def is_vision(name: str) -> bool:
+    return any(word in name for word in ("Vision", "Image", "Segmentation"))
+
+
 def make(name: str) -> torch.nn.Module:
     model_class = getattr(revdeq_hf, name)
-    vision = "Vision" in name or "Image" in name
-    model = model_class(revdeq_hf.RevDEQVisionConfig(**IMAGES) if vision else revdeq_hf.RevDEQConfig(**LANGUAGE))
+    vision = is_vision(name)
+    images = IMAGES | GRIDS if "Segmentation" in name else IMAGES
+    model = model_class(revdeq_hf.RevDEQVisionConfig(**images) if vision else revdeq_hf.RevDEQConfig(**LANGUAGE))
     return model.eval() if vision else awake(model.eval())
 
 
@@ -115,7 +124,7 @@ def code_files(folder: Path) -> set[str]:
 def test_folder_holds_the_package_s_code_and_only_what_is_needed(bundles):
     shared = {"adjoint", "block", "configuration", "fixed_point_solvers", "hub", "implicit", "layer", "license", "solver", "steps"}
     for name in CLASSES:
-        vision = "Vision" in name or "Image" in name
+        vision = is_vision(name)
         own = {"modeling_revdeq_vision.py"} if vision else {f"{stem}_revdeq.py" for stem in ("cache", "generation", "loss", "modeling")}
         assert code_files(bundles / name) == own | {f"{stem}_revdeq.py" for stem in shared}
         for file in code_files(bundles / name):
@@ -128,7 +137,7 @@ def test_auto_map_names_every_class_of_the_family(bundles):
     for name, auto_class in CLASSES.items():
         auto_map = json.loads((bundles / name / "config.json").read_text())["auto_map"]
         assert auto_map[auto_class].endswith(f".{name}")
-        assert len(auto_map) == (4 if "revdeq_vision" in auto_map[auto_class] else 6)
+        assert len(auto_map) == (5 if "revdeq_vision" in auto_map[auto_class] else 6)
         for auto, reference in auto_map.items():
             assert hasattr(transformers, auto)
             assert hasattr(sys.modules[f"revdeq_hf.{reference.split('.')[0]}"], reference.split(".")[1])

@@ -13,7 +13,10 @@ from revdeq_hf import RevDEQForImageClassification, RevDEQVisionBackbone, RevDEQ
 SEVERAL = dict(hidden_sizes=[16, 32], expansion_ratios=[1, 2], max_steps=2, group_width=8, num_labels=3, image_size=8)
 SINGLE = SEVERAL | dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4, stem="group_norm", residual_stages=False)
 MODERN = SEVERAL | dict(block_type="modern")
-NETWORKS = pytest.mark.parametrize("settings", [SEVERAL, SINGLE, MODERN], ids=["several stages", "single stage", "modern"])
+RECALL = SEVERAL | dict(block_type="recall", stem="plain", kernel_size=[1, 3])
+NETWORKS = pytest.mark.parametrize(
+    "settings", [SEVERAL, SINGLE, MODERN, RECALL], ids=["several stages", "single stage", "modern", "recall"]
+)
 CLASSES = [RevDEQVisionModel, RevDEQForImageClassification, RevDEQVisionBackbone]
 IMAGES = torch.randn(2, 3, 9, 12, generator=torch.Generator().manual_seed(3))
 

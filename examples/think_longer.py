@@ -1,0 +1,331 @@
+#!/usr/bin/env python
+"""Trains an equilibrium network on small problems and tests it on larger ones, with more steps: it thinks longer, and its residual says when it is done.
+
+    python examples/think_longer.py                                          # prefix sums: trained on 32 bits, tested on up to 512
+    python examples/think_longer.py --problem mazes --output_dir runs/mazes  # mazes: trained on 9 x 9, tested on up to 59 x 59
+    python examples/think_longer.py --network stack --depth 30               # an explicit network of as many evaluations, with weights of their own
+    python examples/think_longer.py --network stack --depth 30 --hidden_size 12                         # and one of as many parameters
+
+The problems are made by `problems.py`; nothing is downloaded. Every flag of TrainingArguments can be given (`--help`). The output folder holds the model,
+`results.json`, `think_longer.png` (accuracy against steps for each size, residual of right and wrong answers, steps taken), for mazes also `maze.gif`, one
+being solved. An interrupted run goes on with `--resume_from_checkpoint true`; `--max_steps 0` with `--model_name_or_path FOLDER` tests a trained model.
+"""
+
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from problems import collate, mazes, prefix_sums
+from torch import nn
+from torch.nn import functional as F
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from revdeq_hf import RevDEQForSemanticSegmentation, RevDEQVisionConfig
+from revdeq_hf.block_revdeq import RevDEQPositionNorm
+from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.training import RevDEQCallback, peak_memory, run_record
+
+# of each problem: its generator, channels of its grids, kernel, size to train on, sizes to test on, steps to test with, batch
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "prefix_sums": dict(
+        make=prefix_sums, channels=1, kernel=(1, 3), train_size=32, test_sizes=[32, 128, 512], test_steps=[12, 24, 48, 96, 192], batch=64
+    ),
+    "mazes": dict(
+        make=mazes, channels=3, kernel=(3, 3), train_size=9, test_sizes=[9, 21, 59], test_steps=[12, 24, 48, 96, 192, 384], batch=32
+    ),
+}
+
+
+@dataclass
+class ProblemArguments:
+    problem: str = field(default="prefix_sums", metadata={"help": f"One of {', '.join(PROBLEMS)}."})
+    train_size: int | None = field(
+        default=None, metadata={"help": "Bits, or cells of a side, of the problems to train on. Default: the problem's."}
+    )
+    train_count: int = field(default=20_000, metadata={"help": "Problems to train on."})
+    test_sizes: list[int] | None = field(default=None, metadata={"help": "Sizes to test on. Default: the problem's."})
+    test_count: int = field(default=100, metadata={"help": "Problems of each size to test on."})
+    test_steps: list[int] | None = field(default=None, metadata={"help": "Steps to test with. Default: the problem's."})
+    tol: float = field(default=1e-3, metadata={"help": "Relative residual at which an answer is given, in the test of adaptive steps."})
+    problem_seed: int = field(default=1, metadata={"help": "Seed of the problems."})
+
+
+@dataclass
+class NetworkArguments:
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder of a trained model to go on from, or to test."})
+    network: str = field(default="equilibrium", metadata={"help": "equilibrium, or stack: residual blocks with weights of their own."})
+    hidden_size: int = field(default=64, metadata={"help": "Channels of the state."})
+    depth: int = field(
+        default=30, metadata={"help": "Blocks of the stack, each two convolutions like an evaluation of the equilibrium's block."}
+    )
+    block_type: str = field(default="recall", metadata={"help": "recall, paper or modern."})
+    beta: float = field(default=0.8, metadata={"help": "Relaxation, in (0, 2), not 1."})
+    train_steps: list[int] = field(
+        default_factory=lambda: [6, 24], metadata={"help": "Least and most steps of a training batch, or their number."}
+    )
+    gradient: str = field(default="reversible", metadata={"help": "reversible, checkpoint, backprop, implicit or phantom."})
+    initial_scale: float = field(default=0.0, metadata={"help": "Standard deviation of the start states, drawn for each problem."})
+    path_noise: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the path, in training."})
+    num_restarts: int = field(
+        default=1, metadata={"help": "Start states in the tests, of which the answer of the smallest residual is taken."}
+    )
+
+
+@dataclass
+class ThinkingArguments(TrainingArguments):
+    output_dir: str = field(default="runs/think_longer", metadata={"help": "Where the model and the results are written."})
+    max_steps: int = field(default=2500, metadata={"help": "Updates."})
+    per_device_train_batch_size: int = field(default=0, metadata={"help": "Problems in an update. Default: 64 prefix sums, 32 mazes."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(default=100, metadata={"help": "Updates over which it rises; or their share, if below 1."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "How it falls."})
+    logging_steps: float = field(default=50, metadata={"help": "Updates between logs."})
+    save_steps: float = field(default=500, metadata={"help": "Updates between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: the collator takes what it needs."})
+
+
+class Stack(nn.Module):
+    """An explicit residual network: `depth` blocks `h + conv(ReLU(LN(conv(ReLU(LN(h))))))`, each with weights of its own."""
+
+    def __init__(self, channels: int, hidden: int, depth: int, kernel: tuple[int, int], labels: int) -> None:
+        super().__init__()
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        self.stem = nn.Conv2d(channels, hidden, kernel, padding=padding)
+
+        def half() -> list[nn.Module]:
+            return [RevDEQPositionNorm(hidden), nn.ReLU(), nn.Conv2d(hidden, hidden, kernel, padding=padding)]
+
+        self.blocks = nn.ModuleList(nn.Sequential(*half(), *half()) for _ in range(depth))
+        self.classifier = nn.Sequential(RevDEQPositionNorm(hidden), nn.Conv2d(hidden, labels, 1))
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        hidden = self.stem(pixel_values)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        logits = self.classifier(hidden)
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def build_network(options: NetworkArguments, problem: dict[str, Any]) -> nn.Module:
+    if options.network not in ("equilibrium", "stack"):
+        raise ValueError(f"--network must be equilibrium or stack, got {options.network!r}")
+    if options.network == "stack":
+        if options.model_name_or_path:
+            raise ValueError("--model_name_or_path takes an equilibrium network; a stack is trained from the start")
+        return Stack(problem["channels"], options.hidden_size, options.depth, problem["kernel"], labels=2)
+    if options.model_name_or_path:
+        return RevDEQForSemanticSegmentation.from_pretrained(options.model_name_or_path)
+    least, most = options.train_steps[0], options.train_steps[-1]
+    settings: dict[str, Any] = (
+        dict(steps_sampling={"distribution": "uniform", "min_steps": least, "max_steps": most}) if least < most else {}
+    )
+    config = RevDEQVisionConfig.dense_prediction(
+        num_channels=problem["channels"],
+        num_labels=2,
+        kernel_size=problem["kernel"],
+        hidden_sizes=[options.hidden_size],
+        block_type=options.block_type,
+        beta=options.beta,
+        max_steps=most,
+        gradient=options.gradient,
+        initial_scale=options.initial_scale,
+        path_noise=options.path_noise,
+        **{"steps_sampling": None, **settings},
+    )
+    return RevDEQForSemanticSegmentation(config)
+
+
+# --- the tests ---
+
+
+@torch.no_grad()
+def answer(model: nn.Module, batch: dict[str, torch.Tensor], restarts: int, steps: int) -> dict[str, np.ndarray]:
+    """What the network makes of a batch: for each problem whether every label is right, the share that is, and the residual and steps of the solve."""
+    equilibrium = isinstance(model, RevDEQForSemanticSegmentation)
+    out: Any = model(batch["pixel_values"], **(dict(max_steps=steps, num_restarts=restarts) if equilibrium else {}))
+    right = (out["logits"].argmax(1) == batch["labels"]).flatten(1).float()
+    found: dict[str, torch.Tensor] = {"exact": right.min(1).values, "labels": right.mean(1)}
+    if equilibrium:
+        found |= {"residual": out.solver_residual[:, 0], "steps": out.solver_steps[:, 0].float()}
+    return {name: value.cpu().numpy() for name, value in found.items()}
+
+
+def examine(
+    model: nn.Module, rows: Any, device: torch.device, restarts: int, steps: int, tol: float | None = None
+) -> dict[str, np.ndarray]:
+    """`answer` for all rows, in batches that fit about a million states' values; with `tol` each problem stops by itself."""
+    batch_size = max(1, min(100, 8192 // collate([rows[0]])["labels"].numel()))
+    for layer in getattr(getattr(model, "model", None), "stages", []):
+        layer.tol = tol
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+        parts.append(answer(model, {name: value.to(device) for name, value in batch.items()}, restarts, steps))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def test(
+    model: nn.Module, problem: dict[str, Any], data: ProblemArguments, options: NetworkArguments, device: torch.device
+) -> dict[str, Any]:
+    """Accuracy at every size and number of steps, then with adaptive steps: how residual and right answers go together."""
+    model.eval()
+    curve: list[dict[str, Any]] = []
+    adaptive: list[dict[str, Any]] = []
+    equilibrium = isinstance(model, RevDEQForSemanticSegmentation)
+    for size in data.test_sizes or problem["test_sizes"]:
+        rows = problem["make"](data.test_count, size, data.problem_seed + 1)
+        steps_tested = data.test_steps or problem["test_steps"]
+        for steps in steps_tested if equilibrium else [options.depth]:
+            began = time.perf_counter()
+            found = examine(model, rows, device, options.num_restarts, steps)
+            figures: dict[str, Any] = {name: float(found[name].mean()) for name in ("exact", "labels", "residual") if name in found}
+            curve.append({"size": size, "steps": steps, **figures, "seconds": round(time.perf_counter() - began, 2)})
+        if equilibrium:
+            began = time.perf_counter()
+            found = examine(model, rows, device, options.num_restarts, max(steps_tested), data.tol)
+            settled, right = found["residual"] <= data.tol, found["exact"] == 1
+            adaptive.append(
+                {
+                    "size": size,
+                    "tol": data.tol,
+                    "most_steps": max(steps_tested),
+                    "steps": float(found["steps"].mean()),
+                    "settled_right": int((settled & right).sum()),
+                    "settled_wrong": int((settled & ~right).sum()),
+                    "unsettled_right": int((~settled & right).sum()),
+                    "unsettled_wrong": int((~settled & ~right).sum()),
+                    "seconds": round(time.perf_counter() - began, 2),
+                    "residuals": [float(f"{value:.3g}") for value in found["residual"]],
+                    "right": right.astype(int).tolist(),
+                    "steps_taken": found["steps"].astype(int).tolist(),
+                    "difficulty": [int(row["length"]) for row in rows] if "length" in rows.column_names else [size] * len(rows),
+                }
+            )
+    return {"curve": curve, "adaptive": adaptive}
+
+
+# --- what is shown ---
+
+
+def plot(tests: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (accuracy, trust, effort) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    for number, size in enumerate(dict.fromkeys(row["size"] for row in tests["curve"])):
+        rows = [row for row in tests["curve"] if row["size"] == size]
+        accuracy.plot([row["steps"] for row in rows], [100 * row["exact"] for row in rows], "o-", color=f"C{number}", label=f"size {size}")
+    accuracy.set(xscale="log", xlabel="steps", ylabel="solved without a mistake (%)", title="Accuracy against steps", ylim=(-4, 104))
+    accuracy.legend()
+    for number, row in enumerate(tests["adaptive"]):
+        right, residuals = np.array(row["right"], bool), np.maximum(row["residuals"], 1e-9)
+        spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(right))
+        trust.scatter(residuals[right], number + spread[right], s=9, color=f"C{number}", label=f"size {row['size']}, right")
+        trust.scatter(residuals[~right], number + spread[~right], s=18, color="black", marker="x")
+        effort.scatter(row["difficulty"], row["steps_taken"], s=9, color=f"C{number}", label=f"size {row['size']}")
+    if tests["adaptive"]:
+        trust.axvline(tests["adaptive"][0]["tol"], color="grey", linestyle=":")
+        trust.set(xscale="log", xlabel="residual (dotted: tol; crosses: wrong answers)", title="Residual and right answers")
+        trust.set(yticks=range(len(tests["adaptive"])), yticklabels=[row["size"] for row in tests["adaptive"]], ylabel="size")
+        effort.set(
+            xlabel="cells of the path, or bits",
+            ylabel="steps taken",
+            title="Steps until the residual meets tol",
+            xscale="log",
+            yscale="log",
+        )
+        effort.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+@torch.no_grad()
+def animate(model: RevDEQForSemanticSegmentation, row: dict[str, Any], steps: int, path: Path, frames: int = 60) -> None:
+    """A GIF of a maze being solved: how much each cell is taken for one of the path after each step."""
+    from PIL import Image
+
+    batch = collate([row])
+    grid = batch["pixel_values"]
+    device = next(model.parameters()).device
+    states = model(grid.to(device), max_steps=steps, num_restarts=1, output_trajectory=True).trajectory[0]
+    wanted = sorted({round(index) for index in np.linspace(0, len(states) - 1, frames)})
+    walls, start, goal = grid[0, 0].numpy() > 0.5, grid[0, 1].numpy() > 0.5, grid[0, 2].numpy() > 0.5
+    images = []
+    for index in wanted:
+        share = model.classifier(states[index])[0].softmax(0)[1].cpu().numpy()[..., None]
+        picture = (1 - share) * np.array([245, 245, 245]) + share * np.array([230, 110, 30])
+        picture[walls], picture[start], picture[goal] = (40, 44, 60), (40, 160, 80), (60, 90, 220)
+        scale = max(1, 354 // len(walls))
+        images.append(Image.fromarray(picture.astype(np.uint8)).resize((scale * len(walls),) * 2, Image.Resampling.NEAREST))
+    images[0].save(path, save_all=True, append_images=images[1:], duration=[100] * (len(images) - 1) + [2000], loop=0)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    parser = HfArgumentParser(
+        (NetworkArguments, ProblemArguments, ThinkingArguments), description=__doc__.split("\n\n")[0] if __doc__ else None
+    )
+    options, data, training = parser.parse_args_into_dataclasses(args=arguments)
+    record = run_record(
+        f"python examples/think_longer.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip(), training.device
+    )
+    if data.problem not in PROBLEMS:
+        raise ValueError(f"--problem must be one of {', '.join(PROBLEMS)}, got {data.problem!r}")
+    problem = PROBLEMS[data.problem]
+    training.per_device_train_batch_size = training.per_device_train_batch_size or problem["batch"]
+    resume = checkpoint_to_resume(training)
+    set_seed(training.seed)
+    model: Any = build_network(options, problem)
+    train_size = data.train_size or problem["train_size"]
+    results: dict[str, Any] = {"problem": data.problem, "parameters": sum(p.numel() for p in model.parameters())}
+    folder = Path(training.output_dir)
+    if training.max_steps > 0:
+        trainer = ResumableTrainer(
+            model=model,
+            args=training,
+            train_dataset=problem["make"](data.train_count, train_size, data.problem_seed),
+            data_collator=collate,
+        )
+        trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
+        trained = trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        trainer.save_state()
+        history = trainer.state.log_history
+        drifts = [entry["drift"] for entry in history if "drift" in entry]
+        results |= {
+            "train_size": train_size,
+            "updates": trainer.state.global_step,
+            "train_loss": [entry["loss"] for entry in history if "loss" in entry][-1],
+            "train_seconds": trained.metrics["train_runtime"],
+            "greatest_drift": max(drifts) if drifts else None,
+            "peak_memory_bytes": peak_memory(),
+        }
+        if not trainer.is_world_process_zero():
+            return results
+    tests = test(model, problem, data, options, training.device)
+    results |= {**tests, "run": record}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    plot(tests, folder / "think_longer.png")
+    if data.problem == "mazes" and isinstance(model, RevDEQForSemanticSegmentation):
+        size = (data.test_sizes or problem["test_sizes"])[min(1, len(data.test_sizes or problem["test_sizes"]) - 1)]
+        row = problem["make"](1, size, data.problem_seed + 2)[0]
+        animate(model, row, (data.test_steps or problem["test_steps"])[-1] // 2, folder / "maze.gif")
+    print(f"{results['parameters']:,} parameters, greatest drift {results.get('greatest_drift')}")
+    for row in tests["curve"]:
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+    for row in tests["adaptive"]:
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items() if not isinstance(value, list)))
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Start states that are drawn, noise on the path, restarts, and rows that leave the batch: still one map, still reversed to the last bit."""
+
+import pytest
+import torch
+from conftest import make_block, relative_error
+from huggingface_hub.errors import StrictDataclassError
+
+from revdeq_hf import (
+    FixedPointSolution,
+    RevDEQConfig,
+    RevDEQForTokenClassification,
+    RevDEQVisionConfig,
+    RevDEQVisionModel,
+    ReversibleFixedPoint,
+)
+from revdeq_hf.layer_revdeq import better_of
+
+GRADIENTS = ("reversible", "checkpoint", "backprop")
+KINDS = pytest.mark.parametrize("kind", ["attention", "convolution", "tuple"])
+
+
+def parts(state) -> tuple[torch.Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+def train_once(kind: str, gradient: str, dtype=torch.float32, **settings):
+    """z, gradients and the layer after one pass; the random numbers are the same for every gradient mode."""
+    block, x = make_block(kind)
+    layer = ReversibleFixedPoint(block, gradient=gradient, drift_policy="raise", **settings).train()
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        solution = layer(x)
+    sum(part.square().sum() for part in parts(solution.z)).backward()
+    gradients = [part.grad for part in parts(x)] + [parameter.grad for parameter in block.parameters()]
+    return parts(solution.z), gradients, layer
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [dict(max_steps=5), dict(max_steps=40, beta=0.5), dict(max_steps=30, tol=0.3, beta=1.2)], ids=str)
+def test_laws_1_and_2_hold_with_drawn_starts_and_noise(kind, dtype, settings):
+    settings = dict(initial_scale=0.7, path_noise=0.05) | settings
+    states, expected, _ = train_once(kind, "backprop", dtype, **settings)
+    for gradient in ("reversible", "checkpoint"):
+        z, found, layer = train_once(kind, gradient, dtype, **settings)
+        assert layer.drift == 0
+        assert all(torch.equal(a, b) for a, b in zip(z, states, strict=True))
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b) or relative_error(a, b) < 1e-6
+
+
+def test_noise_is_another_one_at_each_evaluation_of_its_size_and_of_training_only():
+    class Constant(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, z, x):
+            seen.append(z.detach().clone())
+            return 0 * z + x + self.weight
+
+    seen: list[torch.Tensor] = []
+    layer = ReversibleFixedPoint(Constant(), beta=0.5, max_steps=8, path_noise=0.1, gradient="backprop").train()
+    x = torch.zeros(4, 4000)
+    noisy = layer(x)
+    # y' = y / 2 + (0 + noise) / 2: what was added can be read off the states that the block saw
+    added = [2 * (new - old / 2) for old, new in zip(seen[1::2], seen[3::2], strict=False)]
+    assert all(abs(noise.std() - 0.1) < 0.005 and abs(noise.mean()) < 0.005 for noise in added)
+    assert all(abs((a * b).mean()) < 1e-3 for a, b in zip(added, added[1:], strict=False))
+    assert noisy.residual.max() > 0.9  # of the bare block, whose value is 0, while the state is noise
+    with torch.no_grad():
+        assert layer(x).z.abs().max() == 0
+    layer.eval()
+    assert layer(x).z.abs().max() == 0
+
+
+def test_draws_follow_the_seed_and_leave_the_certificate_alone():
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=3, initial_scale=1.0, path_noise=0.1).train()
+
+    def z(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return layer(x).z.detach()
+
+    assert torch.equal(z(1), z(1))
+    assert not torch.equal(z(1), z(2))
+    assert layer(x, z0=torch.zeros_like(x)).z.shape == x.shape
+
+
+@KINDS
+def test_evaluation_starts_from_fixed_draws_whatever_the_batch(kind):
+    block, x = make_block(kind)
+    layer = ReversibleFixedPoint(block, max_steps=2, initial_scale=1.0, num_restarts=3).eval()
+    with torch.no_grad():
+        whole = layer(x)
+        part = layer(tuple(t[1:2] for t in x) if isinstance(x, tuple) else x[1:2])
+        again = layer(x)
+    for a, b, c in zip(parts(whole.z), parts(part.z), parts(again.z), strict=True):
+        assert torch.equal(a, c)
+        assert torch.allclose(a[1:2], b, atol=1e-5)
+    assert whole.evaluations == 3 * 4
+
+
+def test_of_several_restarts_each_example_takes_the_one_of_the_smallest_residual():
+    block, x = make_block("convolution")
+    layer = ReversibleFixedPoint(block, max_steps=2, initial_scale=2.0).eval()
+    with torch.no_grad():
+        single = [layer(x, z0=layer._start(x, number)) for number in range(4)]
+        best = layer(x, num_restarts=4)
+    residuals = torch.stack([solution.residual for solution in single])
+    chosen = residuals.argmin(0)
+    assert len(set(chosen.tolist())) > 1  # else this would say little
+    assert torch.equal(best.residual, residuals.min(0).values)
+    for row, number in enumerate(chosen.tolist()):
+        assert torch.equal(best.z[row], single[number].z[row])
+    assert torch.equal(layer.statistics.residual, best.residual)
+    assert layer.statistics.evaluations == 16
+
+
+def test_a_failed_restart_is_not_chosen():
+    def solution(residual: list[float]) -> FixedPointSolution:
+        count = torch.zeros(len(residual), dtype=torch.int64)
+        z = torch.tensor(residual)[:, None]
+        return FixedPointSolution(count, torch.tensor(residual), 2, (z.shape,), count, count, z)
+
+    nan = float("nan")
+    assert better_of(solution([nan, 1, 0.5, nan]), solution([1, nan, 0.2, nan])).residual.nan_to_num(-1).tolist() == pytest.approx(
+        [1, 1, 0.2, -1]
+    )
+
+
+def test_positions_of_an_example_are_taken_together():
+    config = dict(vocab_size=20, hidden_size=16, intermediate_size=16, num_attention_heads=2, is_causal=False, max_steps=2, num_labels=3)
+    torch.manual_seed(0)
+    model = RevDEQForTokenClassification(RevDEQConfig(**config, initial_scale=1.0, num_restarts=3)).eval()
+    ids = torch.arange(10).reshape(2, 5)
+    with torch.no_grad():
+        solve, found = model.model.solve, model(ids)
+        starts = {}
+        for number in range(3):
+            solve.num_restarts, solve._start = 1, lambda x, _, number=number: type(solve)._start(solve, x, number)
+            model(ids)
+            starts[number] = solve.statistics.residual.mean(1)
+        del solve._start
+    best = torch.stack(list(starts.values())).min(0).values
+    solve.num_restarts = 3
+    model(ids)
+    assert torch.allclose(solve.statistics.residual.mean(1), best)
+    assert found.logits.shape == (2, 5, 3)
+
+
+class Slow(torch.nn.Module):
+    """Rows contract at rates that they bring along in x, so that they finish at different steps; counts the rows it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.batches: list[int] = []
+
+    def forward(self, z, x):
+        self.batches.append(len(z))
+        return torch.tanh(self.weight * x[..., :1] * z + x)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.8, 1.2])
+def test_finished_rows_leave_the_batch_and_nothing_changes(beta):
+    x = torch.rand(16, 6, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = torch.linspace(0.05, 0.97, 16)[torch.randperm(16, generator=torch.Generator().manual_seed(1))]
+    layer = ReversibleFixedPoint(Slow(), beta=beta, max_steps=200, tol=1e-5).eval()
+    with torch.no_grad():
+        found = layer(x)
+    rows = layer.block.batches
+    assert rows == sorted(rows, reverse=True)
+    assert rows[-1] < 8 < rows[0] == 16
+    layer.block.batches = []
+    expected = layer(x, gradient="backprop")  # keeps all rows
+    assert set(layer.block.batches) == {16}
+    for name in ("z", "steps", "residual", "clamped", "nonfinite"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.evaluations == expected.evaluations
+    assert len(set(found.steps.tolist())) > 2
+    assert found.shapes == expected.shapes
+
+
+def test_finished_rows_stay_where_the_block_is_given_more_than_x():
+    class Shifted(Slow):
+        def forward(self, z, x, shift):
+            return super().forward(z, x + shift)
+
+    x = torch.rand(8, 4) * torch.linspace(0.1, 1, 8)[:, None]
+    layer = ReversibleFixedPoint(Shifted(), max_steps=100, tol=1e-5).eval()
+    with torch.no_grad():
+        layer(x, torch.zeros(4))
+    assert set(layer.block.batches) == {8}
+
+
+def test_a_row_that_was_not_finite_comes_back_as_nan_also_from_a_smaller_batch():
+    x = torch.rand(8, 4) * torch.linspace(0.1, 1, 8)[:, None]
+    x[7, 2] = float("nan")
+    layer = ReversibleFixedPoint(Slow(), max_steps=60, tol=1e-5).eval()
+    with torch.no_grad():
+        solution = layer(x)
+    assert layer.block.batches[-1] < 8
+    assert solution.z[7].isnan().all()
+    assert solution.z[:7].isfinite().all()
+    assert solution.nonfinite.tolist()[:7] == [0] * 7
+
+
+def test_an_implicit_gradient_after_rows_have_left():
+    x = (torch.rand(8, 4) * torch.linspace(0.1, 0.9, 8)[:, None]).requires_grad_()
+    gradients = []
+    for gradient in ("implicit", "backprop"):
+        layer = ReversibleFixedPoint(Slow(), max_steps=200, tol=1e-7, gradient=gradient)
+        layer(x).z.sum().backward()
+        gradients.append(x.grad)
+        x.grad = None
+    assert relative_error(*gradients) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(num_restarts=2), "num_restarts=2 from a start state of zero would find the same 2 times; set initial_scale > 0"),
+        (dict(num_restarts=0, initial_scale=1.0), "num_restarts must be a whole number >= 1, got 0"),
+        (dict(initial_scale=-1.0), "initial_scale must be a finite number >= 0, got -1.0"),
+        (dict(path_noise=float("inf")), "path_noise must be a finite number >= 0, got inf"),
+        (dict(path_noise=0.1, solver="picard", gradient="implicit"), "path_noise=0.1 needs solver='reversible', got 'picard'"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    block, _ = make_block("attention")
+    with pytest.raises(ValueError, match=message):
+        ReversibleFixedPoint(block, **settings)
+    with pytest.raises(StrictDataclassError, match=message):
+        RevDEQVisionConfig(**settings)
+    with pytest.raises(StrictDataclassError, match=message):
+        RevDEQConfig(is_causal=False, **settings)
+
+
+def test_calls_that_do_not_fit_are_refused():
+    block, x = make_block("attention")
+    with pytest.raises(ValueError, match="set initial_scale > 0"):
+        ReversibleFixedPoint(block)(x, num_restarts=2)
+    layer = ReversibleFixedPoint(block, initial_scale=1.0).eval()
+    with pytest.raises(ValueError, match=r"output_trajectory follows one solve, got num_restarts=2; set num_restarts=1"):
+        layer(x, num_restarts=2, output_trajectory=True)
+    with pytest.raises(TypeError, match="x must be a tensor or a tuple of tensors, got list"):
+        layer([x])
+    with pytest.raises(StrictDataclassError, match=r"initial_scale=1\.0 needs is_causal=False"):
+        RevDEQConfig(initial_scale=1.0)
+
+
+def test_the_image_model_has_the_settings():
+    config = RevDEQVisionConfig(
+        hidden_sizes=[16], expansion_ratios=[1], initial_scale=0.5, path_noise=0.1, num_restarts=2, tol=1e-9, max_steps=3
+    )
+    model = RevDEQVisionModel(config).eval()
+    stage = model.stages[0]
+    assert (stage.initial_scale, stage.path_noise, stage.num_restarts) == (0.5, 0.1, 2)
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model(images)
+        assert stage.statistics.evaluations == 12
+        model(images, num_restarts=1)
+        assert stage.statistics.evaluations == 6
