@@ -180,7 +180,7 @@ def test(
     adaptive: list[dict[str, Any]] = []
     equilibrium = isinstance(model, RevDEQForSemanticSegmentation)
     for size in data.test_sizes or problem["test_sizes"]:
-        rows = problem["make"](data.test_count, size, data.problem_seed + 1)
+        rows = problem["make"](data.test_count, size, data.problem_seed + 1, "test")
         steps_tested = data.test_steps or problem["test_steps"]
         for steps in steps_tested if equilibrium else [options.depth]:
             began = time.perf_counter()
@@ -317,7 +317,7 @@ def main(arguments: list[str] | None = None) -> dict:
     plot(tests, folder / "think_longer.png")
     if data.problem == "mazes" and isinstance(model, RevDEQForSemanticSegmentation):
         size = (data.test_sizes or problem["test_sizes"])[min(1, len(data.test_sizes or problem["test_sizes"]) - 1)]
-        row = problem["make"](1, size, data.problem_seed + 2)[0]
+        row = problem["make"](1, size, data.problem_seed + 2, "test")[0]
         animate(model, row, (data.test_steps or problem["test_steps"])[-1] // 2, folder / "maze.gif")
     print(f"{results['parameters']:,} parameters, greatest drift {results.get('greatest_drift')}")
     for row in tests["curve"]:
