@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+Batch = dict[str, torch.Tensor]
 TEST_SHARE = 8  # one of so many problems belongs to the tests
 
 
@@ -39,10 +40,13 @@ def _dataset(draw: Callable[[random.Random], dict[str, Any]], count: int, seed: 
     return Dataset.from_list([next(source) for _ in range(count)])
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def collate(rows: list[dict[str, Any]]) -> Batch:
     """A batch for `RevDEQForSemanticSegmentation`: `pixel_values` (problems, channels, height, width), float32, and `labels` (problems, height, width)."""
     pixels = np.stack([np.asarray(row["pixel_values"], np.float32) for row in rows])
-    return {"pixel_values": torch.from_numpy(pixels), "labels": torch.from_numpy(np.stack([np.asarray(row["labels"], np.int64) for row in rows]))}
+    return {
+        "pixel_values": torch.from_numpy(pixels),
+        "labels": torch.from_numpy(np.stack([np.asarray(row["labels"], np.int64) for row in rows])),
+    }
 
 
 # --- prefix sums ---
@@ -228,13 +232,49 @@ def sudoku(count: int, givens: int, seed: int, split: str = "train") -> Dataset:
     return _dataset(draw, count, seed, split)
 
 
-def shuffled(digits: np.ndarray, labels: np.ndarray, numbers: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The same puzzle in another guise: digits renamed, rows and columns permuted within bands, bands permuted, perhaps transposed. Of 81 cells each."""
-    names = np.concatenate([[0], numbers.permutation(9) + 1])
+def guises(puzzles: Dataset, copies: int, seed: int) -> Dataset:
+    """Each puzzle in so many guises: digits renamed, rows and columns permuted within their bands, bands permuted, half of them transposed."""
+    numbers = np.random.default_rng(seed)
 
     def order() -> np.ndarray:
         return np.concatenate([3 * band + numbers.permutation(3) for band in numbers.permutation(3)])
 
-    cells = np.arange(81).reshape(9, 9)[order()][:, order()]
-    cells = (cells.T if numbers.integers(2) else cells).reshape(-1)
-    return names[digits[cells]], names[labels[cells] + 1] - 1
+    def disguised(row: dict[str, Any]) -> dict[str, Any]:
+        names = np.concatenate([[0], numbers.permutation(9) + 1])
+        cells = np.arange(81).reshape(9, 9)[order()][:, order()]
+        cells = (cells.T if numbers.integers(2) else cells).reshape(-1)
+        digits, labels = np.array(row["digits"]), np.array(row["labels"])
+        return {"digits": names[digits[cells]].tolist(), "labels": (names[labels[cells] + 1] - 1).tolist()}
+
+    rows = list(puzzles)
+    return Dataset.from_list([disguised(row) for _ in range(copies) for row in rows])
+
+
+def collate_sudoku(rows: list[dict[str, Any]]) -> Batch:
+    """A batch for `RevDEQForTokenClassification` with `is_causal=False`, `vocab_size=810` and `num_labels=9`, of 81 tokens each.
+
+    `input_ids`: 10 * cell + digit, so that a token knows its place; `attention_mask` (puzzles, 1, 81, 81): a cell sees itself and its 20 peers, which is all
+    the model is told about the rules; `position_ids`: 0, since distances along the 81 mean nothing; `labels`.
+    """
+    digits = torch.tensor([row["digits"] for row in rows])
+    sees = torch.eye(81, dtype=torch.bool)
+    for cell, others in enumerate(peers()):
+        sees[cell, list(others)] = True
+    return {
+        "input_ids": 10 * torch.arange(81) + digits,
+        "attention_mask": sees.expand(len(rows), 1, 81, 81),
+        "position_ids": torch.zeros_like(digits),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+
+
+def contradicting(puzzles: Dataset, seed: int) -> Dataset:
+    """The puzzles with one given more, of which none has a solution any more; the labels are those of the puzzles."""
+    numbers = random.Random(seed)
+    rows = []
+    for row in puzzles:
+        digits = list(row["digits"])
+        cell = numbers.choice([cell for cell in range(81) if not digits[cell]])
+        digits[cell] = numbers.choice([digit for digit in range(1, 10) if digit != row["labels"][cell] + 1])
+        rows.append({"digits": digits, "labels": row["labels"]})
+    return Dataset.from_list(rows)

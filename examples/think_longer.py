@@ -3,6 +3,7 @@
 
     python examples/think_longer.py                                          # prefix sums: trained on 32 bits, tested on up to 512
     python examples/think_longer.py --problem mazes --output_dir runs/mazes  # mazes: trained on 9 x 9, tested on up to 59 x 59
+    python examples/think_longer.py --problem sudoku --output_dir runs/sudoku # Sudoku: trained on 36 givens, tested down to 26
     python examples/think_longer.py --network stack --depth 30               # an explicit network of as many evaluations, with weights of their own
     python examples/think_longer.py --network stack --depth 30 --hidden_size 12                         # and one of as many parameters
 
@@ -15,30 +16,47 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from problems import collate, mazes, prefix_sums
+from datasets import Dataset
+from problems import collate, collate_sudoku, contradicting, guises, mazes, prefix_sums, sudoku
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import HfArgumentParser, LlamaConfig, LlamaForTokenClassification, TrainingArguments, set_seed
 
-from revdeq_hf import RevDEQForSemanticSegmentation, RevDEQVisionConfig
+from revdeq_hf import RevDEQConfig, RevDEQForSemanticSegmentation, RevDEQForTokenClassification, RevDEQVisionConfig
 from revdeq_hf.block_revdeq import RevDEQPositionNorm
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.layer_revdeq import fixed_point_layers
 from revdeq_hf.training import RevDEQCallback, peak_memory, run_record
 
-# of each problem: its generator, channels of its grids, kernel, size to train on, sizes to test on, steps to test with, batch
-PROBLEMS: dict[str, dict[str, Any]] = {
-    "prefix_sums": dict(
-        make=prefix_sums, channels=1, kernel=(1, 3), train_size=32, test_sizes=[32, 128, 512], test_steps=[12, 24, 48, 96, 192], batch=64
-    ),
-    "mazes": dict(
-        make=mazes, channels=3, kernel=(3, 3), train_size=9, test_sizes=[9, 21, 59], test_steps=[12, 24, 48, 96, 192, 384], batch=32
-    ),
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained and tested by default. A size is bits, cells of a side, or givens."""
+
+    make: Callable[[int, int, int, str], Dataset]
+    train_size: int
+    test_sizes: list[int]
+    test_steps: list[int]
+    batch: int
+    train_count: int = 20_000
+    channels: int = 1  # of its grids
+    kernel: tuple[int, int] = (3, 3)
+    collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = collate
+
+
+PROBLEMS = {
+    "prefix_sums": Problem(prefix_sums, 32, [32, 128, 512], [12, 24, 48, 96, 192], 64, kernel=(1, 3)),
+    "mazes": Problem(mazes, 9, [9, 21, 59], [12, 24, 48, 96, 192, 384], 32, channels=3),
+    "sudoku": Problem(sudoku, 36, [40, 32, 26], [8, 16, 32, 64, 128], 64, train_count=1_000, collate=collate_sudoku),
 }
 
 
@@ -46,11 +64,15 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 class ProblemArguments:
     problem: str = field(default="prefix_sums", metadata={"help": f"One of {', '.join(PROBLEMS)}."})
     train_size: int | None = field(
-        default=None, metadata={"help": "Bits, or cells of a side, of the problems to train on. Default: the problem's."}
+        default=None, metadata={"help": "Bits, cells of a side, or givens of the problems to train on. Default: the problem's."}
     )
-    train_count: int = field(default=20_000, metadata={"help": "Problems to train on."})
+    train_count: int | None = field(default=None, metadata={"help": "Problems to train on. Default: 20,000, of Sudoku 1,000."})
+    train_guises: int = field(
+        default=100, metadata={"help": "Guises of each Sudoku to train on: digits renamed, rows and columns permuted."}
+    )
     test_sizes: list[int] | None = field(default=None, metadata={"help": "Sizes to test on. Default: the problem's."})
-    test_count: int = field(default=100, metadata={"help": "Problems of each size to test on."})
+    test_count: int = field(default=1_000, metadata={"help": "Problems of each size to test on with adaptive steps."})
+    curve_count: int = field(default=100, metadata={"help": "So many of them also with each number of steps."})
     test_steps: list[int] | None = field(default=None, metadata={"help": "Steps to test with. Default: the problem's."})
     tol: float = field(default=1e-3, metadata={"help": "Relative residual at which an answer is given, in the test of adaptive steps."})
     problem_seed: int = field(default=1, metadata={"help": "Seed of the problems."})
@@ -113,31 +135,39 @@ class Stack(nn.Module):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-def build_network(options: NetworkArguments, problem: dict[str, Any]) -> nn.Module:
+def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
     if options.network not in ("equilibrium", "stack"):
         raise ValueError(f"--network must be equilibrium or stack, got {options.network!r}")
+    tokens = problem.make is sudoku
+    layer = dict(
+        hidden_size=options.hidden_size, intermediate_size=2 * options.hidden_size, num_attention_heads=4, vocab_size=810, num_labels=9
+    )
     if options.network == "stack":
         if options.model_name_or_path:
             raise ValueError("--model_name_or_path takes an equilibrium network; a stack is trained from the start")
-        return Stack(problem["channels"], options.hidden_size, options.depth, problem["kernel"], labels=2)
+        if tokens:  # the same layers; the mask lets it see in both directions
+            return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth))
+        return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
     if options.model_name_or_path:
-        return RevDEQForSemanticSegmentation.from_pretrained(options.model_name_or_path)
+        return (RevDEQForTokenClassification if tokens else RevDEQForSemanticSegmentation).from_pretrained(options.model_name_or_path)
     least, most = options.train_steps[0], options.train_steps[-1]
-    settings: dict[str, Any] = (
-        dict(steps_sampling={"distribution": "uniform", "min_steps": least, "max_steps": most}) if least < most else {}
-    )
-    config = RevDEQVisionConfig.dense_prediction(
-        num_channels=problem["channels"],
-        num_labels=2,
-        kernel_size=problem["kernel"],
-        hidden_sizes=[options.hidden_size],
-        block_type=options.block_type,
+    solve: dict[str, Any] = dict(
         beta=options.beta,
         max_steps=most,
+        steps_sampling={"distribution": "uniform", "min_steps": least, "max_steps": most} if least < most else None,
         gradient=options.gradient,
         initial_scale=options.initial_scale,
         path_noise=options.path_noise,
-        **{"steps_sampling": None, **settings},
+    )
+    if tokens:
+        return RevDEQForTokenClassification(RevDEQConfig(**layer, **solve, is_causal=False))
+    config = RevDEQVisionConfig.dense_prediction(
+        num_channels=problem.channels,
+        num_labels=2,
+        kernel_size=problem.kernel,
+        hidden_sizes=[options.hidden_size],
+        block_type=options.block_type,
+        **solve,
     )
     return RevDEQForSemanticSegmentation(config)
 
@@ -146,68 +176,72 @@ def build_network(options: NetworkArguments, problem: dict[str, Any]) -> nn.Modu
 
 
 @torch.no_grad()
-def answer(model: nn.Module, batch: dict[str, torch.Tensor], restarts: int, steps: int) -> dict[str, np.ndarray]:
-    """What the network makes of a batch: for each problem whether every label is right, the share that is, and the residual and steps of the solve."""
-    equilibrium = isinstance(model, RevDEQForSemanticSegmentation)
-    out: Any = model(batch["pixel_values"], **(dict(max_steps=steps, num_restarts=restarts) if equilibrium else {}))
-    right = (out["logits"].argmax(1) == batch["labels"]).flatten(1).float()
-    found: dict[str, torch.Tensor] = {"exact": right.min(1).values, "labels": right.mean(1)}
-    if equilibrium:
-        found |= {"residual": out.solver_residual[:, 0], "steps": out.solver_steps[:, 0].float()}
-    return {name: value.cpu().numpy() for name, value in found.items()}
-
-
 def examine(
-    model: nn.Module, rows: Any, device: torch.device, restarts: int, steps: int, tol: float | None = None
+    model: nn.Module, problem: Problem, rows: Dataset, device: torch.device, restarts: int, steps: int, tol: float | None = None
 ) -> dict[str, np.ndarray]:
-    """`answer` for all rows, in batches that fit about a million states' values; with `tol` each problem stops by itself."""
-    batch_size = max(1, min(100, 8192 // collate([rows[0]])["labels"].numel()))
-    for layer in getattr(getattr(model, "model", None), "stages", []):
-        layer.tol = tol
+    """For each problem whether every label is right, the share that is, and the residual and steps of its solve; with `tol` each stops by itself."""
+    layers = [layer for _, layer in fixed_point_layers(model)]
+    for layer in layers:
+        layer.tol, layer.num_restarts = tol, restarts
+    cells = problem.collate([rows[0]])["labels"].numel()
+    batch_size = max(1, min(100, 8192 // cells))
     parts = []
     for start in range(0, len(rows), batch_size):
-        batch = collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-        parts.append(answer(model, {name: value.to(device) for name, value in batch.items()}, restarts, steps))
+        batch = problem.collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+        labels = batch.pop("labels")
+        out: Any = model(**{name: value.to(device) for name, value in batch.items()}, **({"max_steps": steps} if layers else {}))
+        right = (out["logits"].argmax(-1 if problem.make is sudoku else 1).cpu() == labels).flatten(1).float()
+        found = {"exact": right.min(1).values, "labels": right.mean(1)}
+        if layers:
+            statistics = layers[0].statistics
+            assert statistics is not None
+            assert statistics.residual is not None
+            found |= {"residual": statistics.residual, "steps": statistics.steps.float()}
+        parts.append({name: value.cpu().numpy() for name, value in found.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def test(
-    model: nn.Module, problem: dict[str, Any], data: ProblemArguments, options: NetworkArguments, device: torch.device
-) -> dict[str, Any]:
+def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: NetworkArguments, device: torch.device) -> Figures:
     """Accuracy at every size and number of steps, then with adaptive steps: how residual and right answers go together."""
     model.eval()
-    curve: list[dict[str, Any]] = []
-    adaptive: list[dict[str, Any]] = []
-    equilibrium = isinstance(model, RevDEQForSemanticSegmentation)
-    for size in data.test_sizes or problem["test_sizes"]:
-        rows = problem["make"](data.test_count, size, data.problem_seed + 1, "test")
-        steps_tested = data.test_steps or problem["test_steps"]
+    curve: list[Figures] = []
+    adaptive: list[Figures] = []
+    equilibrium = bool(list(fixed_point_layers(model)))
+    steps_tested = data.test_steps or problem.test_steps
+
+    def settle(rows: Dataset, size: int, kind: str = "") -> Figures:
+        began = time.perf_counter()
+        found = examine(model, problem, rows, device, options.num_restarts, max(steps_tested), data.tol)
+        settled, right = found["residual"] <= data.tol, found["exact"] == 1
+        return {
+            "size": f"{size}{kind}",
+            "tol": data.tol,
+            "most_steps": max(steps_tested),
+            "steps": float(found["steps"].mean()),
+            "exact": float(right.mean()),
+            "settled_right": int((settled & right).sum()),
+            "settled_wrong": int((settled & ~right).sum()),
+            "unsettled_right": int((~settled & right).sum()),
+            "unsettled_wrong": int((~settled & ~right).sum()),
+            "seconds": round(time.perf_counter() - began, 2),
+            "residuals": [float(f"{value:.3g}") for value in found["residual"]],
+            "right": right.astype(int).tolist(),
+            "steps_taken": found["steps"].astype(int).tolist(),
+            "difficulty": rows["length"][:] if "length" in rows.column_names else [size] * len(rows),
+        }
+
+    for size in data.test_sizes or problem.test_sizes:
+        rows = problem.make(data.test_count, size, data.problem_seed + 1, "test")
+        few = rows.select(range(min(data.curve_count, len(rows)))) if equilibrium else rows
         for steps in steps_tested if equilibrium else [options.depth]:
             began = time.perf_counter()
-            found = examine(model, rows, device, options.num_restarts, steps)
-            figures: dict[str, Any] = {name: float(found[name].mean()) for name in ("exact", "labels", "residual") if name in found}
+            found = examine(model, problem, few, device, options.num_restarts, steps)
+            figures: Figures = {name: float(found[name].mean()) for name in ("exact", "labels", "residual") if name in found}
             curve.append({"size": size, "steps": steps, **figures, "seconds": round(time.perf_counter() - began, 2)})
         if equilibrium:
-            began = time.perf_counter()
-            found = examine(model, rows, device, options.num_restarts, max(steps_tested), data.tol)
-            settled, right = found["residual"] <= data.tol, found["exact"] == 1
-            adaptive.append(
-                {
-                    "size": size,
-                    "tol": data.tol,
-                    "most_steps": max(steps_tested),
-                    "steps": float(found["steps"].mean()),
-                    "settled_right": int((settled & right).sum()),
-                    "settled_wrong": int((settled & ~right).sum()),
-                    "unsettled_right": int((~settled & right).sum()),
-                    "unsettled_wrong": int((~settled & ~right).sum()),
-                    "seconds": round(time.perf_counter() - began, 2),
-                    "residuals": [float(f"{value:.3g}") for value in found["residual"]],
-                    "right": right.astype(int).tolist(),
-                    "steps_taken": found["steps"].astype(int).tolist(),
-                    "difficulty": [int(row["length"]) for row in rows] if "length" in rows.column_names else [size] * len(rows),
-                }
-            )
+            adaptive.append(settle(rows, size))
+            if problem.make is sudoku:
+                adaptive.append(settle(contradicting(few, data.problem_seed + 2), size, ", contradicting"))
     return {"curve": curve, "adaptive": adaptive}
 
 
@@ -237,7 +271,7 @@ def plot(tests: dict[str, Any], path: Path) -> None:
         trust.set(xscale="log", xlabel="residual (dotted: tol; crosses: wrong answers)", title="Residual and right answers")
         trust.set(yticks=range(len(tests["adaptive"])), yticklabels=[row["size"] for row in tests["adaptive"]], ylabel="size")
         effort.set(
-            xlabel="cells of the path, or bits",
+            xlabel="cells of the path, bits, or givens",
             ylabel="steps taken",
             title="Steps until the residual meets tol",
             xscale="log",
@@ -250,14 +284,14 @@ def plot(tests: dict[str, Any], path: Path) -> None:
 
 @torch.no_grad()
 def animate(model: RevDEQForSemanticSegmentation, row: dict[str, Any], steps: int, path: Path, frames: int = 60) -> None:
-    """A GIF of a maze being solved: how much each cell is taken for one of the path after each step."""
+    """A GIF of a maze being solved: how much each cell is taken for one of the path after each step. Frames lie closer together at the beginning."""
     from PIL import Image
 
     batch = collate([row])
     grid = batch["pixel_values"]
     device = next(model.parameters()).device
     states = model(grid.to(device), max_steps=steps, num_restarts=1, output_trajectory=True).trajectory[0]
-    wanted = sorted({round(index) for index in np.linspace(0, len(states) - 1, frames)})
+    wanted = sorted({round(index) for index in (len(states) - 1) * np.linspace(0, 1, frames) ** 1.5})
     walls, start, goal = grid[0, 0].numpy() > 0.5, grid[0, 1].numpy() > 0.5, grid[0, 2].numpy() > 0.5
     images = []
     for index in wanted:
@@ -280,20 +314,21 @@ def main(arguments: list[str] | None = None) -> dict:
     if data.problem not in PROBLEMS:
         raise ValueError(f"--problem must be one of {', '.join(PROBLEMS)}, got {data.problem!r}")
     problem = PROBLEMS[data.problem]
-    training.per_device_train_batch_size = training.per_device_train_batch_size or problem["batch"]
-    resume = checkpoint_to_resume(training)
-    set_seed(training.seed)
-    model: Any = build_network(options, problem)
-    train_size = data.train_size or problem["train_size"]
-    results: dict[str, Any] = {"problem": data.problem, "parameters": sum(p.numel() for p in model.parameters())}
+    training.per_device_train_batch_size = training.per_device_train_batch_size or problem.batch
     folder = Path(training.output_dir)
     if training.max_steps > 0:
-        trainer = ResumableTrainer(
-            model=model,
-            args=training,
-            train_dataset=problem["make"](data.train_count, train_size, data.problem_seed),
-            data_collator=collate,
-        )
+        resume = checkpoint_to_resume(training)
+    elif (folder / "results.json").exists():
+        raise FileExistsError(f"{folder} holds the results of another run; choose another --output_dir for these tests")
+    set_seed(training.seed)
+    model: Any = build_network(options, problem)
+    results: Figures = {"problem": data.problem, "parameters": sum(p.numel() for p in model.parameters())}
+    if training.max_steps > 0:
+        train_size = data.train_size or problem.train_size
+        rows = problem.make(data.train_count or problem.train_count, train_size, data.problem_seed, "train")
+        if problem.make is sudoku:
+            rows = guises(rows, data.train_guises, data.problem_seed)
+        trainer = ResumableTrainer(model=model, args=training, train_dataset=rows, data_collator=problem.collate)
         trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
         trained = trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -303,7 +338,7 @@ def main(arguments: list[str] | None = None) -> dict:
         results |= {
             "train_size": train_size,
             "updates": trainer.state.global_step,
-            "train_loss": [entry["loss"] for entry in history if "loss" in entry][-1],
+            "train_loss": [trained.training_loss, *(entry["loss"] for entry in history if "loss" in entry)][-1],
             "train_seconds": trained.metrics["train_runtime"],
             "greatest_drift": max(drifts) if drifts else None,
             "peak_memory_bytes": peak_memory(),
@@ -316,14 +351,14 @@ def main(arguments: list[str] | None = None) -> dict:
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot(tests, folder / "think_longer.png")
     if data.problem == "mazes" and isinstance(model, RevDEQForSemanticSegmentation):
-        size = (data.test_sizes or problem["test_sizes"])[min(1, len(data.test_sizes or problem["test_sizes"]) - 1)]
-        row = problem["make"](1, size, data.problem_seed + 2, "test")[0]
-        animate(model, row, (data.test_steps or problem["test_steps"])[-1] // 2, folder / "maze.gif")
+        size = (data.test_sizes or problem.test_sizes)[:2][-1]
+        animate(
+            model, mazes(1, size, data.problem_seed + 2, "test")[0], (data.test_steps or problem.test_steps)[-1] // 2, folder / "maze.gif"
+        )
     print(f"{results['parameters']:,} parameters, greatest drift {results.get('greatest_drift')}")
-    for row in tests["curve"]:
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    for row in tests["adaptive"]:
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items() if not isinstance(value, list)))
+    for row in tests["curve"] + tests["adaptive"]:
+        shown = {name: value for name, value in row.items() if not isinstance(value, list)}
+        print("  ".join(f"{name} {value:.4g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in shown.items()))
     return results
 
 

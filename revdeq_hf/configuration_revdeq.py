@@ -37,7 +37,7 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
             "paper" (section 5 of arXiv 2509.12917: LayerNorm, learned positions, MLP with two hidden layers; identity path from the state).
         beta: relaxation of the iteration, in (0, 2), not 1.
         max_steps: steps of a solve, two evaluations of the block each.
-        tol: relative residual at which a position stops; None: always `max_steps`.
+        tol: relative residual at which a position stops, with `is_causal=False` an example; None: always `max_steps`.
         solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
         steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}: each training batch draws its number of
             steps, see `steps_revdeq.py`; evaluation and generation take `max_steps`.

@@ -225,6 +225,22 @@ def token_task() -> tuple[list[str], list[list[int]]]:
     return texts, kinds
 
 
+def test_with_tol_an_example_that_is_seen_in_both_directions_stops_as_a_whole():
+    """A token that sees all others has not settled before they have."""
+    torch.manual_seed(0)
+    model = RevDEQForTokenClassification(RevDEQConfig(**SMALL, num_labels=3, is_causal=False, tol=1e-3)).eval()
+    ids = torch.randint(0, 10, (4, 7))
+    with torch.no_grad():
+        logits = model(ids, max_steps=100).logits
+        found = model.model.solve.statistics
+        model.model.solve.tol = None
+        settled = model(ids, max_steps=100).logits
+    assert found.steps.shape == found.residual.shape == (4,)
+    assert found.steps.max() < 100
+    assert found.residual.max() <= 1e-3
+    torch.testing.assert_close(logits, settled, rtol=0, atol=1e-2)
+
+
 def test_token_classification_learns_which_names_are_called():
     """Whether a bracket follows is not known before it: a model that sees what follows should be better at it."""
     texts, kinds = token_task()

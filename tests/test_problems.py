@@ -1,0 +1,182 @@
+"""examples/problems.py: every problem has one right answer, the same from the same seed; no test problem is trained on."""
+
+import importlib
+import random
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("scripts")
+
+
+@pytest.fixture(scope="module")
+def problems(scripts):
+    return importlib.import_module("problems")
+
+
+def given(row: dict) -> bytes:
+    return np.asarray(row["digits"] if "digits" in row else row["pixel_values"], np.float32).tobytes()
+
+
+@pytest.mark.parametrize(("name", "size"), [("prefix_sums", 6), ("mazes", 5), ("sudoku", 60)])
+def test_train_and_test_have_nothing_in_common(problems, name, size):
+    """Sizes so small that draws repeat (but for Sudoku)."""
+    make = getattr(problems, name)
+    first = make(120, size, seed=1)
+    assert make(120, size, seed=1).to_list() == first.to_list()
+    assert make(120, size, seed=2).to_list() != first.to_list()
+    train = {given(row) for row in first} | {given(row) for row in make(120, size, seed=2)}
+    test = {given(row) for row in make(40, size, seed=1, split="test")}
+    assert len(test) > 5 if name == "prefix_sums" else len(test) > 30
+    assert not train & test
+
+
+@pytest.mark.parametrize("bits", [1, 32, 77])
+def test_prefix_sums(problems, bits):
+    for row in problems.prefix_sums(20, bits, seed=0):
+        parity = 0
+        for value, label in zip(row["pixel_values"][0][0], row["labels"][0], strict=True):
+            assert value in (-1.0, 1.0)
+            parity ^= value == 1.0
+            assert label == parity
+
+
+@pytest.mark.parametrize("size", [3, 9, 21])
+def test_a_maze_is_a_tree_and_its_labels_are_the_path(problems, size):
+    """Connected, with one passage fewer than rooms: so there is one path between any two, and the labels must be it."""
+    for row in problems.mazes(20, size, seed=0):
+        walls, start, goal = np.array(row["pixel_values"]) > 0
+        (begin,), (end,) = np.argwhere(start), np.argwhere(goal)
+        assert not walls[::2, ::2].any()
+        assert walls[1::2, 1::2].all()
+        free = {tuple(cell) for cell in np.argwhere(~walls)}
+        edges = {(a, b) for a in free for b in ((a[0] + 1, a[1]), (a[0], a[1] + 1)) if b in free}
+        assert len(edges) == len(free) - 1
+        reached, todo = {tuple(begin)}, [tuple(begin)]
+        while todo:
+            here = todo.pop()
+            new = {b for a, b in edges if a == here} | {a for a, b in edges if b == here}
+            todo += new - reached
+            reached |= new
+        assert reached == free
+        path = {tuple(cell) for cell in np.argwhere(np.array(row["labels"]))}
+        assert len(path) == row["length"]
+        neighbours = {cell: sum(other in path for edge in edges if cell in edge for other in edge if other != cell) for cell in path}
+        assert sorted(neighbours.values()) == [1, 1] + [2] * (len(path) - 2)
+        assert {cell for cell, count in neighbours.items() if count == 1} == {tuple(begin), tuple(end)}
+
+
+def test_no_path_is_said(problems):
+    walls = np.ones((3, 3))
+    walls[0, 0] = walls[2, 2] = 0
+    with pytest.raises(ValueError, match=r"no path leads from \(0, 0\) to \(2, 2\)"):
+        problems.the_path(walls, (0, 0), (2, 2))
+
+
+def is_solution(grid: np.ndarray) -> bool:
+    grid = np.array(grid).reshape(9, 9)
+    boxes = grid.reshape(3, 3, 3, 3).swapaxes(1, 2).reshape(9, 9)
+    return all(sorted(unit) == list(range(1, 10)) for units in (grid, grid.T, boxes) for unit in units)
+
+
+def other_solutions(digits: list[int], known: list[int]) -> int:
+    """How many solutions differ from the known one, by plain search without any inference: for each empty cell, every other digit is tried to the end."""
+
+    def fits(grid, cell, digit):
+        row, column = divmod(cell, 9)
+        for other in range(81):
+            r, c = divmod(other, 9)
+            if grid[other] == digit and other != cell and (r == row or c == column or (r // 3, c // 3) == (row // 3, column // 3)):
+                return False
+        return True
+
+    def count(grid):
+        open_cells = [(sum(fits(grid, cell, d) for d in range(1, 10)), cell) for cell in range(81) if not grid[cell]]
+        if not open_cells:
+            return int(grid != known)
+        _, cell = min(open_cells)
+        found = 0
+        for digit in range(1, 10):
+            if fits(grid, cell, digit):
+                found += count([*grid[:cell], digit, *grid[cell + 1 :]])
+        return found
+
+    return count(list(digits))
+
+
+@pytest.mark.parametrize("givens", [24, 36, 80])
+def test_sudoku_has_one_solution_and_as_many_givens_as_asked(problems, givens):
+    for row in problems.sudoku(3, givens, seed=0):
+        solution = [label + 1 for label in row["labels"]]
+        assert is_solution(solution)
+        assert sum(digit > 0 for digit in row["digits"]) == givens
+        assert all(digit in (0, right) for digit, right in zip(row["digits"], solution, strict=True))
+        assert other_solutions(row["digits"], solution) == 0
+
+
+def test_solutions_finds_none_two_and_all(problems):
+    full = [label + 1 for label in problems.sudoku(1, 80, seed=0)[0]["labels"]]
+    assert problems.solutions(full) == [full]
+    assert problems.solutions([1, 1, *[0] * 79]) == []
+    assert len(problems.solutions([0] * 81, limit=5)) == 5
+    broken = list(full)
+    broken[0] = 0
+    broken[1] = full[0]
+    assert problems.solutions(broken) == []
+
+
+def test_guises_are_puzzles_with_one_solution(problems):
+    puzzles = problems.sudoku(2, 30, seed=0)
+    disguised = problems.guises(puzzles, copies=4, seed=0)
+    assert len({given(row) for row in disguised}) == 8
+    assert problems.guises(puzzles, copies=4, seed=0).to_list() == disguised.to_list()
+    for row in disguised:
+        assert sum(digit > 0 for digit in row["digits"]) == 30
+        assert problems.solutions(row["digits"]) == [[label + 1 for label in row["labels"]]]
+
+
+def test_contradicting_puzzles_have_no_solution(problems):
+    rows = problems.contradicting(problems.sudoku(4, 30, seed=0), seed=0)
+    for row in rows:
+        assert sum(digit > 0 for digit in row["digits"]) == 31
+        assert problems.solutions(row["digits"]) == []
+
+
+def test_batches(problems):
+    mazes = problems.mazes(3, 7, seed=0)
+    batch = problems.collate(list(mazes))
+    assert batch["pixel_values"].shape == (3, 3, 7, 7)
+    assert batch["pixel_values"].dtype == torch.float32
+    assert batch["labels"].shape == (3, 7, 7)
+    puzzles = problems.sudoku(2, 40, seed=0)
+    batch = problems.collate_sudoku(list(puzzles))
+    assert torch.equal(batch["input_ids"] // 10, torch.arange(81).expand(2, 81))
+    assert torch.equal(batch["input_ids"] % 10, torch.tensor(puzzles["digits"][:]))
+    mask = batch["attention_mask"][0, 0]
+    assert torch.equal(mask, mask.T)
+    assert (mask.sum(1) == 21).all()
+    assert mask[40].nonzero().flatten().tolist() == sorted({*range(36, 45), *range(4, 81, 9), 30, 31, 32, 39, 40, 41, 48, 49, 50})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (("mazes", 1, 8, 0), "size must be odd and at least 3 .*got 8"),
+        (("sudoku", 1, 17, 0), "givens must lie in 24 to 80 .*got 17"),
+        (("prefix_sums", 1, 0, 0), "bits must be at least 1, got 0"),
+        (("prefix_sums", 0, 4, 0), "count must be at least 1, got 0"),
+        (("mazes", 1, 9, 0, "validation"), "split must be 'train' or 'test', got 'validation'"),
+    ],
+)
+def test_what_cannot_be_made_is_said(problems, call, message):
+    name, *arguments = call
+    with pytest.raises(ValueError, match=message):
+        getattr(problems, name)(*arguments)
+
+
+def test_random_full_grids_differ(problems):
+    numbers = random.Random(0)
+    grids = {tuple(problems.solutions([0] * 81, 1, numbers)[0]) for _ in range(10)}
+    assert len(grids) == 10
+    assert all(is_solution(grid) for grid in grids)
