@@ -5,7 +5,7 @@
     python examples/think_longer.py --problem mazes --output_dir runs/mazes  # mazes: trained on 9 x 9, tested on up to 59 x 59
     python examples/think_longer.py --problem sudoku --output_dir runs/sudoku # Sudoku: trained on 36 givens, tested down to 26
     python examples/think_longer.py --network stack --depth 30               # an explicit network of as many evaluations, with weights of their own
-    python examples/think_longer.py --network stack --depth 30 --hidden_size 12                         # and one of as many parameters
+    python examples/think_longer.py --network stack --depth 30 --hidden_size 12                         # and one of about as many parameters
 
 The problems are made by `problems.py`; nothing is downloaded. Every flag of TrainingArguments can be given (`--help`). The output folder holds the model,
 `results.json`, `think_longer.png` (accuracy against steps for each size, residual of right and wrong answers, steps taken), for mazes also `maze.gif`, one
@@ -94,8 +94,8 @@ class NetworkArguments:
     gradient: str = field(default="reversible", metadata={"help": "reversible, checkpoint, backprop, implicit or phantom."})
     initial_scale: float = field(default=0.0, metadata={"help": "Standard deviation of the start states, drawn for each problem."})
     path_noise: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the path, in training."})
-    num_restarts: int = field(
-        default=1, metadata={"help": "Start states in the tests, of which the answer of the smallest residual is taken."}
+    num_restarts: int | None = field(
+        default=None, metadata={"help": "Start states in the tests, of which the answer of the smallest residual is taken. Default: one."}
     )
 
 
@@ -148,8 +148,10 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         if tokens:  # the same layers; the mask lets it see in both directions
             return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth))
         return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
+    restarts = {} if options.num_restarts is None else {"num_restarts": options.num_restarts}
     if options.model_name_or_path:
-        return (RevDEQForTokenClassification if tokens else RevDEQForSemanticSegmentation).from_pretrained(options.model_name_or_path)
+        model_class = RevDEQForTokenClassification if tokens else RevDEQForSemanticSegmentation
+        return model_class.from_pretrained(options.model_name_or_path, **restarts)
     least, most = options.train_steps[0], options.train_steps[-1]
     solve: dict[str, Any] = dict(
         beta=options.beta,
@@ -158,6 +160,7 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         gradient=options.gradient,
         initial_scale=options.initial_scale,
         path_noise=options.path_noise,
+        **restarts,
     )
     if tokens:
         return RevDEQForTokenClassification(RevDEQConfig(**layer, **solve, is_causal=False))
@@ -177,12 +180,12 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
 
 @torch.no_grad()
 def examine(
-    model: nn.Module, problem: Problem, rows: Dataset, device: torch.device, restarts: int, steps: int, tol: float | None = None
+    model: nn.Module, problem: Problem, rows: Dataset, device: torch.device, steps: int, tol: float | None = None
 ) -> dict[str, np.ndarray]:
     """For each problem whether every label is right, the share that is, and the residual and steps of its solve; with `tol` each stops by itself."""
     layers = [layer for _, layer in fixed_point_layers(model)]
     for layer in layers:
-        layer.tol, layer.num_restarts = tol, restarts
+        layer.tol = tol
     cells = problem.collate([rows[0]])["labels"].numel()
     batch_size = max(1, min(100, 8192 // cells))
     parts = []
@@ -211,7 +214,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
 
     def settle(rows: Dataset, size: int, kind: str = "") -> Figures:
         began = time.perf_counter()
-        found = examine(model, problem, rows, device, options.num_restarts, max(steps_tested), data.tol)
+        found = examine(model, problem, rows, device, max(steps_tested), data.tol)
         settled, right = found["residual"] <= data.tol, found["exact"] == 1
         return {
             "size": f"{size}{kind}",
@@ -235,7 +238,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
         few = rows.select(range(min(data.curve_count, len(rows)))) if equilibrium else rows
         for steps in steps_tested if equilibrium else [options.depth]:
             began = time.perf_counter()
-            found = examine(model, problem, few, device, options.num_restarts, steps)
+            found = examine(model, problem, few, device, steps)
             figures: Figures = {name: float(found[name].mean()) for name in ("exact", "labels", "residual") if name in found}
             curve.append({"size": size, "steps": steps, **figures, "seconds": round(time.perf_counter() - began, 2)})
         if equilibrium:

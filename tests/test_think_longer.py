@@ -1,0 +1,130 @@
+"""examples/think_longer.py: trained on small problems, tested on larger ones, its answers judged by their residual."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSemanticSegmentation, AutoModelForTokenClassification
+
+pytestmark = pytest.mark.usefixtures("scripts")
+TINY = {
+    "hidden_size": 8,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "train_count": 16,
+    "train_guises": 2,
+    "test_count": 5,
+    "curve_count": 2,
+    "test_steps": [2, 6],
+    "train_steps": [1, 3],
+    "per_device_train_batch_size": 4,
+    "report_to": "none",
+    "disable_tqdm": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def think(scripts):
+    return importlib.import_module("think_longer")
+
+
+def flags(**settings) -> list[str]:
+    """Arguments of a tiny run, with these of their own."""
+    words = []
+    for name, value in {**TINY, **settings}.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
+@pytest.mark.parametrize(
+    ("problem", "sizes", "model_class", "files"),
+    [
+        ("prefix_sums", [8, 20], AutoModelForSemanticSegmentation, {"think_longer.png"}),
+        ("mazes", [5, 9], AutoModelForSemanticSegmentation, {"think_longer.png", "maze.gif"}),
+        ("sudoku", [60, 40], AutoModelForTokenClassification, {"think_longer.png"}),
+    ],
+)
+def test_every_problem_from_training_to_pictures(think, tmp_path, problem, sizes, model_class, files):
+    """The answers of an untrained network are wrong; what is looked at is that every one is counted once, and that the folder is whole."""
+    settings = dict(problem=problem, train_size=sizes[0], test_sizes=sizes, initial_scale=1.0, num_restarts=2, tol=0.05)
+    results = think.main(flags(**settings, path_noise=0.01, output_dir=tmp_path))
+    assert results["greatest_drift"] == 0.0
+    assert results["updates"] == 3
+    assert [(row["size"], row["steps"]) for row in results["curve"]] == [(size, steps) for size in sizes for steps in (2, 6)]
+    kinds = ["", ", contradicting"] if problem == "sudoku" else [""]
+    assert [row["size"] for row in results["adaptive"]] == [f"{size}{kind}" for size in sizes for kind in kinds]
+    for row in results["adaptive"]:
+        count = 2 if "contradicting" in row["size"] else 5
+        table = {name: row[name] for name in ("settled_right", "settled_wrong", "unsettled_right", "unsettled_wrong")}
+        assert sum(table.values()) == count == len(row["residuals"]) == len(row["difficulty"])
+        assert table["settled_right"] + table["settled_wrong"] == sum(residual <= 0.05 for residual in row["residuals"])
+        assert table["settled_right"] + table["unsettled_right"] == sum(row["right"]) == round(count * row["exact"])
+        assert all(steps <= 6 for steps in row["steps_taken"])
+    assert files | {"results.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored["run"]["command"].startswith("python examples/think_longer.py --hidden_size 8 ")
+    model_class.from_pretrained(tmp_path)
+
+    before = (tmp_path / "results.json").read_text()
+    again = dict(problem=problem, test_sizes=sizes, max_steps=0, model_name_or_path=tmp_path, tol=0.05, num_restarts=2)
+    with pytest.raises(FileExistsError, match="holds the results of another run; choose another --output_dir"):
+        think.main(flags(**again, output_dir=tmp_path))
+    assert (tmp_path / "results.json").read_text() == before
+    tested = think.main(flags(**again, output_dir=tmp_path / "tests"))
+    assert [row["residual"] for row in tested["curve"]] == [row["residual"] for row in results["curve"]]
+    assert tested["adaptive"][0]["residuals"] == results["adaptive"][0]["residuals"]
+
+
+@pytest.mark.parametrize("problem", ["prefix_sums", "mazes", "sudoku"])
+def test_explicit_stacks(think, tmp_path, problem):
+    size = 60 if problem == "sudoku" else 9
+    results = think.main(
+        flags(problem=problem, network="stack", depth=2, train_size=size, test_sizes=[size], output_dir=tmp_path / problem)
+    )
+    assert results["greatest_drift"] is None
+    assert results["adaptive"] == []
+    assert [(row["size"], row["steps"]) for row in results["curve"]] == [(size, 2)]
+
+
+def test_equal_evaluations_means_equal_convolutions(think):
+    """A block of the stack has the two convolutions that an evaluation of the equilibrium's block has; and the docstring's flags give about as many parameters."""
+    options = think.NetworkArguments(network="stack", depth=30)
+    problem = think.PROBLEMS["prefix_sums"]
+    count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
+    equilibrium = think.build_network(think.NetworkArguments(), problem)
+    block = equilibrium.model.stages[0].block
+    stack = think.build_network(options, problem)
+    convolutions = lambda module: [m.weight.shape for m in module.modules() if isinstance(m, torch.nn.Conv2d)]  # noqa: E731
+    assert convolutions(stack.blocks[0]) == convolutions(block)
+    options.hidden_size = 12
+    assert count(think.build_network(options, problem)) == pytest.approx(count(equilibrium), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(problem="chess"), "--problem must be one of prefix_sums, mazes, sudoku, got 'chess'"),
+        (dict(network="transformer"), "--network must be equilibrium or stack, got 'transformer'"),
+        (dict(network="stack", model_name_or_path="runs/x"), "takes an equilibrium network; a stack is trained from the start"),
+        (dict(num_restarts=3), "num_restarts=3 from a start state of zero would find the same 3 times"),
+    ],
+)
+def test_what_cannot_be_done_is_said(think, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        think.main(flags(**settings, train_size=8, test_sizes=[8], output_dir=tmp_path))
+
+
+@pytest.mark.slow
+def test_trained_on_short_strings_right_on_long_ones(think, tmp_path):
+    """The point of it all, small: 8 bits in training, 32 in the test, where more steps help and the residual says which answers can be trusted."""
+    settings = dict(hidden_size=24, max_steps=500, train_count=4_000, train_size=8, train_steps=[4, 12], per_device_train_batch_size=32)
+    tests = dict(test_sizes=[32], test_steps=[4, 64], test_count=60, curve_count=60, logging_steps=100, learning_rate=3e-3)
+    results = think.main(flags(**settings, **tests, output_dir=tmp_path))
+    few, many = results["curve"]
+    assert few["exact"] < 0.2
+    assert many["exact"] > 0.9
+    assert results["greatest_drift"] == 0.0
+    row = results["adaptive"][0]
+    assert row["settled_right"] > 0.8 * 60
+    assert row["settled_wrong"] <= 1
