@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForSemanticSegmentation, AutoModelForTokenClassification
 
 pytestmark = pytest.mark.usefixtures("scripts")
@@ -111,7 +112,7 @@ def test_equal_evaluations_means_equal_convolutions(think):
     ],
 )
 def test_what_cannot_be_done_is_said(think, tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
         think.main(flags(**settings, train_size=8, test_sizes=[8], output_dir=tmp_path))
 
 
