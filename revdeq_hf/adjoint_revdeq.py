@@ -25,9 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from .solver_revdeq import Digits, ExactState, Resolution, Scratch, per_row, resolution_for, rows
 
 RESIDUAL_FLOOR = 1e-5
-STAYING = (
-    0.75  # rows that met tol leave the batch when no more than this share would stay: copying the others costs little beside an evaluation
-)
+# rows that met tol leave the batch when no more than this share would stay: copying the others costs little beside an evaluation
+STAYING = 0.75
 
 State = tuple[torch.Tensor, ...]
 
@@ -288,14 +287,14 @@ class Solve:
         self._present: torch.Tensor | None = None  # indices of the rows still here, None: all
         self._left: list[tuple[torch.Tensor, State, list[torch.Tensor]]] = []  # of rows that are finished: indices, z, figures
 
-    def start(self, z0: State | None, scratch: Scratch) -> list[ExactState]:
-        """The start state as integers; zero where `z0` is None."""
+    def start(self, z0: State | None, scratch: Scratch, reversed_later: bool = True) -> list[ExactState]:
+        """The start state as integers; zero where `z0` is None. States that are not reversed later keep nothing for it: their memory does not grow."""
         if z0 is None:
             parts = zip(self.evaluator.shapes, self.evaluator.formats, strict=True)
             settings: dict[str, Any] = dict(dtype=torch.int64, device=self.evaluator.device)
             empty = [torch.empty(shape, memory_format=form, **settings) for shape, form in parts]
-            return [ExactState(tensor.zero_(), self.resolution, scratch=scratch) for tensor in empty]
-        return [ExactState.from_float(tensor.detach(), self.resolution, scratch) for tensor in z0]
+            return [ExactState(tensor.zero_(), self.resolution, Digits(reversed_later), scratch) for tensor in empty]
+        return [ExactState.from_float(tensor.detach(), self.resolution, Digits(reversed_later), scratch) for tensor in z0]
 
     def values(self, states: list[ExactState], phase: "int | torch.Tensor") -> State:
         """What the block sees of the states."""
@@ -678,7 +677,7 @@ def foreign_leaf(evaluation: Evaluation, parameters: Sequence[torch.Tensor]) -> 
 def solve_plain(solve: Solve, z0: State | None) -> State:
     """Without gradients: nothing is kept."""
     scratch = Scratch()
-    y, z = solve.start(z0, scratch), solve.start(z0, scratch)
+    y, z = (solve.start(z0, scratch, reversed_later=False) for _ in range(2))
     evaluator = solve.evaluator
     # a compiled block would be compiled again for each number of rows
     compact = evaluator.rows_are_apart and not evaluator.compiled and solve.row_dims == 1 and not solve.record
@@ -716,7 +715,7 @@ def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[
 def solve_stored(solve: Solve, z0: State | None, recompute_before: int) -> State:
     """With exact gradients by autograd: `checkpoint`, and with `recompute_before=0` `backprop`."""
     scratch = Scratch()
-    y, z = solve.start(z0, scratch), solve.start(z0, scratch)
+    y, z = (solve.start(z0, scratch, reversed_later=False) for _ in range(2))
     return solve.iterate(y, z, z0, stored_evaluation(solve.evaluator, recompute_before), differentiable=True)
 
 

@@ -201,7 +201,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
             solver=config.solver,
             keep_evaluations=config.keep_evaluations,
             drift_policy=config.drift_policy,
-            row_dims=2 if config.solver == "reversible" and config.is_causal else 1,  # a token that sees all others has not settled before they have
+            row_dims=2
+            if config.solver == "reversible" and config.is_causal
+            else 1,  # a token that sees all others has not settled before they have
             steps_sampling=config.steps_sampling,
             initial_scale=config.initial_scale,
             path_noise=config.path_noise,

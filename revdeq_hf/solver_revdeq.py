@@ -153,9 +153,13 @@ class Digits:
 
     Each call is undone by its opposite, calls in the opposite order, which also restores how the digits were packed. Rows that are not
     `active` keep their words. The words are the only memory: a new one for every 63 bits.
+
+    Args:
+        undoable: False where nothing will be undone. Then two words are kept, since digits are put on top before any is taken and no call takes more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, undoable: bool = True) -> None:
+        self.undoable = undoable
         self.words: list[torch.Tensor] = []  # the last one is in use, the others are full
         self._bounds: list[int] = []  # for each word: the values of active rows are below this
         # for each call: second word's bound or 0, first word's bound before it, its part of the base
@@ -174,6 +178,8 @@ class Digits:
         if part < base:
             self.words.append(choose(active, high, torch.zeros_like(high)))
             self._bounds.append(-(-base // part))
+        if not self.undoable:
+            self.words, self._bounds, self._history = self.words[-2:], self._bounds[-2:], []
 
     def undo_push(self, active: torch.Tensor | None = None) -> torch.Tensor:
         """Takes back the digit of the last `push`; what it returns for rows that are not active has no meaning."""
@@ -270,16 +276,18 @@ class ExactState:
     ) -> None:
         self.integers = integers
         self.resolution = resolution
-        self.digits = digits or Digits()
+        self.digits = Digits() if digits is None else digits
         self._scratch = scratch or Scratch()
 
     @classmethod
-    def from_float(cls, start: torch.Tensor, resolution: Resolution, scratch: "Scratch | None" = None) -> "ExactState":
+    def from_float(
+        cls, start: torch.Tensor, resolution: Resolution, digits: Digits | None = None, scratch: "Scratch | None" = None
+    ) -> "ExactState":
         """The state nearest to `start`, which is clamped to the state limit; non-finite values become 0 (the caller tells)."""
         limit = resolution.state_limit
         wide = torch.nan_to_num(start.to(torch.float64), nan=0.0, posinf=limit, neginf=-limit).clamp_(-limit, limit)
         integers = wide.mul_(2.0**resolution.fraction_bits).round_().to(torch.int64)
-        return cls(integers.mul_(resolution.scale(0)), resolution, scratch=scratch)
+        return cls(integers.mul_(resolution.scale(0)), resolution, digits, scratch)
 
     def value(self, phase: "int | torch.Tensor", dtype: torch.dtype) -> torch.Tensor:
         """The state as floats: what `f` sees. `phase` is a number, or an integer for each row where they stopped at different steps."""
@@ -321,7 +329,8 @@ class ExactState:
         """Ends a segment: the digits below the resolution go to the stack; the phase of the active rows goes from K to 0."""
         take, give, sign = self._bases()
         whole, low = divide(self.integers, take)
-        self.digits.push(low, take, active)
+        if give > 1 or self.digits.undoable:
+            self.digits.push(low, take, active)
         new = whole if give == 1 else whole * give + self.digits.pop(give, active)
         self.integers = choose(active, new * sign, self.integers)
 

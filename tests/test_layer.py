@@ -184,6 +184,22 @@ def test_law_3_memory_does_not_grow_with_the_steps():
         assert many[1] > peak, other
 
 
+@pytest.mark.parametrize("beta", [0.5, 0.8, 0.6, 1.4])
+def test_without_gradients_nothing_grows_with_the_steps(beta):
+    """Not even the bits that a contraction discards: a solve of a thousand steps needs what one of a hundred needs (0.6 and 1.4 take digits back)."""
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, beta=beta)
+    peaks, states = {}, {}
+    for steps in (100, 1000):
+        with torch.no_grad(), LiveBytes() as memory:
+            states[steps] = layer(x, max_steps=steps).z
+        peaks[steps] = memory.peak
+    assert peaks[100] == peaks[1000]
+    exact = layer(x, max_steps=100, gradient="reversible").z
+    assert exact.requires_grad
+    assert torch.equal(exact, states[100]), "forgetting changes nothing"
+
+
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "implicit"])
 @pytest.mark.parametrize("tol", [None, 0.02])
 def test_trajectory(gradient, tol):

@@ -281,6 +281,23 @@ def test_digits_come_back_in_the_opposite_order(data):
         assert all(torch.equal(a, b) for a, b in zip(digits.words, then.words, strict=True))
 
 
+@given(data=st.data())
+@examples(0.1)
+def test_digits_that_are_not_put_back_need_two_words(data):
+    """Spills, a push and a pop of a smaller digit: what is taken is the same where all but the last two words are forgotten."""
+    draw = data.draw
+    whole, short, rows = Digits(), Digits(undoable=False), 3
+    for _ in range(draw(st.integers(1, 30))):
+        take = draw(st.one_of(st.integers(2, 2**20), st.integers(2**40, 2**62)))
+        give = draw(st.integers(1, take - 1))
+        digit = torch.tensor(draw(st.lists(st.integers(0, take - 1), min_size=rows, max_size=rows)))
+        for digits in (whole, short):
+            digits.push(digit, take)
+        if give > 1:
+            assert torch.equal(whole.pop(give), short.pop(give))
+        assert len(short.words) <= 2
+
+
 @given(beta=st.one_of(betas(), st.floats(0, 2, exclude_min=True, exclude_max=True), st.floats(0.998, 1.002), st.floats(1.998, 2.0)))
 @example(beta=Fraction(1, 1000))
 @example(beta=Fraction(1999, 1000))

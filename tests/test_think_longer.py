@@ -89,7 +89,7 @@ def test_explicit_stacks(think, tmp_path, problem):
 
 
 def test_equal_evaluations_means_equal_convolutions(think):
-    """A block of the stack has the two convolutions that an evaluation of the equilibrium's block has; and the docstring's flags give about as many parameters."""
+    """A block of the stack has the convolutions of one evaluation of the equilibrium's block; and the docstring's flags give about as many parameters."""
     options = think.NetworkArguments(network="stack", depth=30)
     problem = think.PROBLEMS["prefix_sums"]
     count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
