@@ -4,7 +4,7 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -445,6 +445,7 @@ class ReversibleFixedPoint(nn.Module):
         )
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(evaluator.rewind)
+            on_failure.enter_context(_memory_advice(state))
             z, states, residuals = self._run(evaluator, start, steps, mode, wants_gradient, output_trajectory)
             on_failure.pop_all()  # it went well: nothing to put back
         solution = FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
@@ -591,6 +592,21 @@ def refuse_function_transforms() -> None:
             "ReversibleFixedPoint cannot be transformed by torch.func (grad, vjp, jvp, vmap, ...): its states are changed in place; use "
             "torch.autograd.grad or backward(), with gradient='backprop' for second derivatives, and batch examples along the first dimension"
         )
+
+
+@contextlib.contextmanager
+def _memory_advice(state: State) -> Iterator[None]:
+    """Adds to torch's own message, at whose beginning `auto_find_batch_size` looks, what a user can change."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        count, each = len(state[0]), sum(part[0].numel() * part.element_size() for part in state if len(part))
+        raise type(error)(
+            f"{error}\nthe fixed point of {count} examples, each with a state of {each:,} bytes, did not fit into memory; take a smaller batch, to which "
+            "what a solve needs is proportional, smaller examples, or without gradients torch.no_grad()"
+        ) from error
 
 
 def _check_state(state, name: str, row_dims: int) -> tuple[torch.Tensor, ...]:

@@ -588,3 +588,18 @@ def test_a_channels_last_state_may_be_normalised_first(gradient):
         gradients.append([part.grad, *(parameter.grad for parameter in block.parameters())])
     for got, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "backprop"])
+def test_what_does_not_fit_into_memory_comes_with_advice(gradient):
+    """A state of 16 TB, which costs nothing as long as it is only a view; the beginning of torch's message, by which batch sizes are found, stays."""
+
+    class Block(nn.Module):
+        def forward(self, z, x):
+            return 0.1 * z + x
+
+    x = torch.zeros(1, 1, requires_grad=True).expand(2**21, 2**21)
+    with pytest.raises(
+        RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory[^\n]*\n.* 2097152 examples, each .* 8,388,608 bytes.*smaller batch"
+    ):
+        ReversibleFixedPoint(Block(), gradient=gradient)(x)
