@@ -94,6 +94,12 @@ class NetworkArguments:
     gradient: str = field(default="reversible", metadata={"help": "reversible, checkpoint, backprop, implicit or phantom."})
     initial_scale: float = field(default=0.0, metadata={"help": "Standard deviation of the start states, drawn for each problem."})
     path_noise: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the path, in training."})
+    residual_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the relative residual's square in the loss at the end of training, to which it grows from 0: learn to be right, then to converge."
+        },
+    )
     num_restarts: int | None = field(
         default=None, metadata={"help": "Start states in the tests, of which the answer of the smallest residual is taken. Default: one."}
     )
@@ -173,6 +179,32 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         **solve,
     )
     return RevDEQForSemanticSegmentation(config)
+
+
+class ConvergingTrainer(ResumableTrainer):
+    """Adds a weight, rising from 0 to `residual_weight`, times `||f(z) - z||^2 / ||f(z)||^2` of the state returned, mean of the problems.
+
+    A right answer may be read from a state that is no fixed point: one with z = f(y), y = f(z) and y other than z, which no step changes either. Costs one
+    more evaluation of the block.
+    """
+
+    def __init__(self, residual_weight: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.residual_weight = residual_weight
+        (layer,) = [layer for _, layer in fixed_point_layers(kwargs["model"])]
+        layer.register_forward_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], solution: Any) -> None:
+        solver = ("max_steps", "gradient", "output_trajectory", "num_restarts")
+        self.solve: tuple[Any, ...] = layer.block, solution.z, args, {name: value for name, value in kwargs.items() if name not in solver}
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        block, z, args, context = self.solve
+        f = block(z, *args, **context)
+        away, size = ((part.flatten(1).float() ** 2).sum(1) for part in (f - z, f))
+        loss = loss + self.residual_weight * self.state.global_step / self.state.max_steps * (away / size).mean()
+        return (loss, outputs) if return_outputs else loss
 
 
 # --- the tests ---
@@ -331,7 +363,10 @@ def main(arguments: list[str] | None = None) -> dict:
         rows = problem.make(data.train_count or problem.train_count, train_size, data.problem_seed, "train")
         if problem.make is sudoku:
             rows = guises(rows, data.train_guises, data.problem_seed)
-        trainer = ResumableTrainer(model=model, args=training, train_dataset=rows, data_collator=problem.collate)
+        settings = dict(model=model, args=training, train_dataset=rows, data_collator=problem.collate)
+        trainer: ResumableTrainer = (
+            ConvergingTrainer(options.residual_weight, **settings) if options.residual_weight else ResumableTrainer(**settings)
+        )
         trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
         trained = trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
