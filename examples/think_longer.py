@@ -97,7 +97,7 @@ class NetworkArguments:
     residual_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the relative residual's square in the loss at the end of training, to which it grows from 0: learn to be right, then to converge."
+            "help": "Weight of the relative residual's square in the loss, growing from 0 to this: learn to be right, then to converge."
         },
     )
     num_restarts: int | None = field(

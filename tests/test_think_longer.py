@@ -49,7 +49,7 @@ def flags(**settings) -> list[str]:
 def test_every_problem_from_training_to_pictures(think, tmp_path, problem, sizes, model_class, files):
     """The answers of an untrained network are wrong; what is looked at is that every one is counted once, and that the folder is whole."""
     settings = dict(problem=problem, train_size=sizes[0], test_sizes=sizes, initial_scale=1.0, num_restarts=2, tol=0.05)
-    results = think.main(flags(**settings, path_noise=0.01, output_dir=tmp_path))
+    results = think.main(flags(**settings, path_noise=0.01, residual_weight=1.0, output_dir=tmp_path))
     assert results["greatest_drift"] == 0.0
     assert results["updates"] == 3
     assert [(row["size"], row["steps"]) for row in results["curve"]] == [(size, steps) for size in sizes for steps in (2, 6)]
@@ -100,6 +100,31 @@ def test_equal_evaluations_means_equal_convolutions(think):
     assert convolutions(stack.blocks[0]) == convolutions(block)
     options.hidden_size = 12
     assert count(think.build_network(options, problem)) == pytest.approx(count(equilibrium), rel=0.15)
+
+
+def test_the_residual_in_the_loss(think, tmp_path):
+    """Half way through the training half of its weight; its gradient goes through the solve, which stays exact."""
+    model = think.build_network(think.NetworkArguments(hidden_size=8, train_steps=[3]), think.PROBLEMS["mazes"])
+    arguments = think.ThinkingArguments(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=4)
+    trainer = think.ConvergingTrainer(0.6, model=model, args=arguments)
+    trainer.state.global_step, trainer.state.max_steps = 5, 10
+    batch = think.collate(list(think.mazes(4, 7, 0)))
+    loss, _ = trainer.compute_loss(model, batch, return_outputs=True)
+    model.zero_grad()
+    loss.backward()
+    layer = model.model.stages[0]
+    assert layer.drift == 0.0
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    layer.gradient = "backprop"
+    x, z = model.model.stem(batch["pixel_values"]), model.model(batch["pixel_values"]).last_hidden_state
+    f = layer.block(z, x)
+    residual = ((f - z).square().sum((1, 2, 3)) / f.square().sum((1, 2, 3))).mean()
+    expected = model(**batch).loss + 0.3 * residual
+    torch.testing.assert_close(loss, expected)
+    model.zero_grad()
+    expected.backward()
+    for parameter, gradient in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
