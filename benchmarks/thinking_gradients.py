@@ -77,7 +77,9 @@ def train(way: str, steps: int, updates: int, hidden: int, seed: int) -> dict[st
         return model(**batch).loss
 
     loss, seconds = fit(f"{way}, {steps} steps, seed {seed}", model, next_loss, updates, 2e-3, 0.0, 50)
-    drift = {"reversible": learner.drift.item, "float32 reversal": lambda: FloatReversal.drift}.get(way, lambda: "")()
+    drift: float | str = FloatReversal.drift if way == "float32 reversal" else ""
+    if way == "reversible":
+        drift = learner.drift.item()
     model.model.stages[0] = exact
     model.eval()
 
