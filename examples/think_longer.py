@@ -87,7 +87,7 @@ class NetworkArguments:
         default=30, metadata={"help": "Blocks of the stack, each two convolutions like an evaluation of the equilibrium's block."}
     )
     block_type: str = field(default="recall", metadata={"help": "recall, paper or modern."})
-    beta: float = field(default=0.8, metadata={"help": "Relaxation, in (0, 2), not 1."})
+    beta: float | None = field(default=None, metadata={"help": "Relaxation, in (0, 2), not 1. Default: 0.8, or that of the trained model."})
     train_steps: list[int] = field(
         default_factory=lambda: [6, 24], metadata={"help": "Least and most steps of a training batch, or their number."}
     )
@@ -154,19 +154,18 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         if tokens:  # the same layers; the mask lets it see in both directions
             return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth))
         return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
-    restarts = {} if options.num_restarts is None else {"num_restarts": options.num_restarts}
+    given: dict[str, Any] = {name: value for name in ("beta", "num_restarts") if (value := getattr(options, name)) is not None}
     if options.model_name_or_path:
         model_class = RevDEQForTokenClassification if tokens else RevDEQForSemanticSegmentation
-        return model_class.from_pretrained(options.model_name_or_path, **restarts)
+        return model_class.from_pretrained(options.model_name_or_path, **given)
     least, most = options.train_steps[0], options.train_steps[-1]
     solve: dict[str, Any] = dict(
-        beta=options.beta,
         max_steps=most,
         steps_sampling={"distribution": "uniform", "min_steps": least, "max_steps": most} if least < most else None,
         gradient=options.gradient,
         initial_scale=options.initial_scale,
         path_noise=options.path_noise,
-        **restarts,
+        **{"beta": 0.8, **given},
     )
     if tokens:
         return RevDEQForTokenClassification(RevDEQConfig(**layer, **solve, is_causal=False))
@@ -293,7 +292,7 @@ def plot(tests: dict[str, Any], path: Path) -> None:
     for number, size in enumerate(dict.fromkeys(row["size"] for row in tests["curve"])):
         rows = [row for row in tests["curve"] if row["size"] == size]
         accuracy.plot([row["steps"] for row in rows], [100 * row["exact"] for row in rows], "o-", color=f"C{number}", label=f"size {size}")
-    accuracy.set(xscale="log", xlabel="steps", ylabel="solved without a mistake (%)", title="Accuracy against steps", ylim=(-4, 104))
+    accuracy.set(xlabel="steps", ylabel="solved without a mistake (%)", title="Accuracy against steps", ylim=(-4, 104))
     accuracy.legend()
     for number, row in enumerate(tests["adaptive"]):
         right, residuals = np.array(row["right"], bool), np.maximum(row["residuals"], 1e-9)
@@ -309,10 +308,13 @@ def plot(tests: dict[str, Any], path: Path) -> None:
             xlabel="cells of the path, bits, or givens",
             ylabel="steps taken",
             title="Steps until the residual meets tol",
-            xscale="log",
-            yscale="log",
         )
+        effort.set_yscale("log", base=2)
+        effort.yaxis.set_major_formatter("{x:g}")
         effort.legend()
+    for axes in (accuracy, effort) if tests["adaptive"] else (accuracy,):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

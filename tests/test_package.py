@@ -24,7 +24,9 @@ def test_docstring_examples_run(name):
         assert result.attempted > 0
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/layer.md", "docs/language_model.md", "docs/image_model.md", "docs/sharing.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/layer.md", "docs/language_model.md", "docs/image_model.md", "docs/think_longer.md", "docs/sharing.md"]
+)
 def test_examples_of_the_documentation_run(name):
     """The python blocks of a page one after another, as a reader would type them."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.S)
