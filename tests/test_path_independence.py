@@ -129,24 +129,39 @@ def test_a_failed_restart_is_not_chosen():
     )
 
 
-def test_positions_of_an_example_are_taken_together():
+def residuals_from_each_start(layer, solve) -> torch.Tensor:
+    """(starts, *rows): what a layer of three restarts finds from each of its start states."""
+    found = []
+    for number in range(3):
+        layer.num_restarts, layer._start = 1, lambda x, _, number=number: type(layer)._start(layer, x, number)
+        solve()
+        found.append(layer.statistics.residual)
+    del layer._start
+    layer.num_restarts = 3
+    return torch.stack(found)
+
+
+def test_tokens_of_an_example_are_taken_together():
     config = dict(vocab_size=20, hidden_size=16, intermediate_size=16, num_attention_heads=2, is_causal=False, max_steps=2, num_labels=3)
     torch.manual_seed(0)
     model = RevDEQForTokenClassification(RevDEQConfig(**config, initial_scale=1.0, num_restarts=3)).eval()
     ids = torch.arange(10).reshape(2, 5)
     with torch.no_grad():
-        solve, found = model.model.solve, model(ids)
-        starts = {}
-        for number in range(3):
-            solve.num_restarts, solve._start = 1, lambda x, _, number=number: type(solve)._start(solve, x, number)
-            model(ids)
-            starts[number] = solve.statistics.residual.mean(1)
-        del solve._start
-    best = torch.stack(list(starts.values())).min(0).values
-    solve.num_restarts = 3
-    model(ids)
-    assert torch.allclose(solve.statistics.residual.mean(1), best)
-    assert found.logits.shape == (2, 5, 3)
+        best = residuals_from_each_start(model.model.solve, lambda: model(ids)).min(0).values
+        assert model(ids).logits.shape == (2, 5, 3)
+    assert torch.equal(model.model.solve.statistics.residual, best)
+
+
+def test_positions_that_are_rows_are_taken_together():
+    """The mean of an example's positions decides."""
+    torch.manual_seed(0)
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, row_dims=2, max_steps=2, initial_scale=1.0, num_restarts=3).eval()
+    with torch.no_grad():
+        starts = residuals_from_each_start(layer, lambda: layer(x))
+        layer(x)
+    best = starts.mean(2).argmin(0)
+    assert torch.equal(layer.statistics.residual, starts[best, torch.arange(len(x))])
 
 
 class Slow(torch.nn.Module):
