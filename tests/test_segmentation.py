@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForSemanticSegmentation, SegformerImageProcessorPil, Trainer, TrainingArguments, pipeline
+from transformers import AutoConfig, AutoModelForSemanticSegmentation, BeitImageProcessorPil, Trainer, TrainingArguments, pipeline
 
 from revdeq_hf import RevDEQForSemanticSegmentation, RevDEQVisionConfig, diagnose
 
@@ -132,7 +132,7 @@ def test_trainer_learns_saves_and_the_auto_class_loads(tmp_path):
 
 def test_pipeline_on_a_file(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (11, 14, 3), dtype=np.uint8)).save(tmp_path / "image.png")
-    processor = SegformerImageProcessorPil(do_resize=False)
+    processor = BeitImageProcessorPil(do_resize=False, do_center_crop=False)
     labels = {0: "wall", 1: "floor", 2: "door", 3: "path"}
     model = small(id2label=labels, label2id={name: index for index, name in labels.items()})
     found = pipeline("image-segmentation", model=model, image_processor=processor)(str(tmp_path / "image.png"))
