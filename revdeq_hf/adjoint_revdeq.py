@@ -355,12 +355,13 @@ class Solve:
             if self.tol is not None or self.record or step == self.max_steps - 1:
                 self._measure(f, z_values)
                 if self.active is not None:
-                    count = int(self.active.sum())  # the one host synchronisation a step, with tol only
-                    if count == 0:
+                    # the one host synchronisation a step, with tol only; a plan of memory answers "any" as if no row had met it
+                    staying = int(self.active.sum()) if compact else bool(self.active.any())
+                    if not staying:
                         if differentiable and step == 0:  # nothing was done: gradients are zero, but there are some
                             z_values = tuple(_Relax.apply(part, None, value, 0.0, None) for part, value in zip(f, z_values, strict=True))
                         break
-                    if compact and not self.evaluator.random and count <= STAYING * len(self.active):
+                    if compact and not self.evaluator.random and staying <= STAYING * len(self.active):
                         f, y_values, z_values = self._part_with_finished(y, z, f, y_values, z_values)
             f = self.perturbed(f, 2 * step)
             advance(y, f, phase)
