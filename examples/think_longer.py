@@ -52,6 +52,11 @@ class Problem:
     kernel: tuple[int, int] = (3, 3)
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = collate
 
+    @property
+    def of_tokens(self) -> bool:
+        """Whether its parts are tokens, (batch, seq), with logits in the last dimension; else grids."""
+        return self.make is sudoku
+
 
 PROBLEMS = {
     "prefix_sums": Problem(prefix_sums, 32, [32, 128, 512], [12, 24, 48, 96, 192], 64, kernel=(1, 3)),
@@ -109,7 +114,7 @@ class NetworkArguments:
 class ThinkingArguments(TrainingArguments):
     output_dir: str = field(default="runs/think_longer", metadata={"help": "Where the model and the results are written."})
     max_steps: int = field(default=2500, metadata={"help": "Updates."})
-    per_device_train_batch_size: int = field(default=0, metadata={"help": "Problems in an update. Default: 64 prefix sums, 32 mazes."})
+    per_device_train_batch_size: int = field(default=0, metadata={"help": "Problems in an update. Default: 64, of mazes 32."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=100, metadata={"help": "Updates over which it rises; or their share, if below 1."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How it falls."})
@@ -144,19 +149,18 @@ class Stack(nn.Module):
 def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
     if options.network not in ("equilibrium", "stack"):
         raise ValueError(f"--network must be equilibrium or stack, got {options.network!r}")
-    tokens = problem.make is sudoku
     layer = dict(
         hidden_size=options.hidden_size, intermediate_size=2 * options.hidden_size, num_attention_heads=4, vocab_size=810, num_labels=9
     )
     if options.network == "stack":
         if options.model_name_or_path:
             raise ValueError("--model_name_or_path takes an equilibrium network; a stack is trained from the start")
-        if tokens:  # the same layers; the mask lets it see in both directions
+        if problem.of_tokens:  # the same layers; the mask lets it see in both directions
             return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth))
         return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
     given: dict[str, Any] = {name: value for name in ("beta", "num_restarts") if (value := getattr(options, name)) is not None}
     if options.model_name_or_path:
-        model_class = RevDEQForTokenClassification if tokens else RevDEQForSemanticSegmentation
+        model_class = RevDEQForTokenClassification if problem.of_tokens else RevDEQForSemanticSegmentation
         return model_class.from_pretrained(options.model_name_or_path, **given)
     least, most = options.train_steps[0], options.train_steps[-1]
     solve: dict[str, Any] = dict(
@@ -167,7 +171,7 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         path_noise=options.path_noise,
         **{"beta": 0.8, **given},
     )
-    if tokens:
+    if problem.of_tokens:
         return RevDEQForTokenClassification(RevDEQConfig(**layer, **solve, is_causal=False))
     config = RevDEQVisionConfig.dense_prediction(
         num_channels=problem.channels,
@@ -200,6 +204,7 @@ class ConvergingTrainer(ResumableTrainer):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         block, z, args, context = self.solve
+        del self.solve  # with it the graph would live until the next batch
         f = block(z, *args, **context)
         away, size = ((part.flatten(1).float() ** 2).sum(1) for part in (f - z, f))
         loss = loss + self.residual_weight * self.state.global_step / self.state.max_steps * (away / size).mean()
@@ -224,7 +229,7 @@ def examine(
         batch = problem.collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
         labels = batch.pop("labels")
         out: Any = model(**{name: value.to(device) for name, value in batch.items()}, **({"max_steps": steps} if layers else {}))
-        right = (out["logits"].argmax(-1 if problem.make is sudoku else 1).cpu() == labels).flatten(1).float()
+        right = (out["logits"].argmax(-1 if problem.of_tokens else 1).cpu() == labels).flatten(1).float()
         found = {"exact": right.min(1).values, "labels": right.mean(1)}
         if layers:
             statistics = layers[0].statistics
@@ -274,7 +279,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
             curve.append({"size": size, "steps": steps, **figures, "seconds": round(time.perf_counter() - began, 2)})
         if equilibrium:
             adaptive.append(settle(rows, size))
-            if problem.make is sudoku:
+            if problem.of_tokens:
                 adaptive.append(settle(contradicting(few, data.problem_seed + 2), size, ", contradicting"))
     return {"curve": curve, "adaptive": adaptive}
 
@@ -363,7 +368,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if training.max_steps > 0:
         train_size = data.train_size or problem.train_size
         rows = problem.make(data.train_count or problem.train_count, train_size, data.problem_seed, "train")
-        if problem.make is sudoku:
+        if problem.of_tokens:
             rows = guises(rows, data.train_guises, data.problem_seed)
         settings = dict(model=model, args=training, train_dataset=rows, data_collator=problem.collate)
         trainer: ResumableTrainer = (

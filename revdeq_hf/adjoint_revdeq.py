@@ -389,7 +389,10 @@ class Solve:
         )
 
     def _part_with_finished(self, y: list[ExactState], z: list[ExactState], *values: State) -> list[State]:
-        """Takes the rows that are not active out of everything; `values` (the last one of z) are returned without them."""
+        """Takes the rows that are not active out of everything; `values` (the last one of z) are returned without them.
+
+        Makes the host wait for the indices, at most once each time that a quarter of the rows has finished.
+        """
         assert self.active is not None
         going, staying = (~self.active).nonzero().squeeze(1), self.active.nonzero().squeeze(1)
         present = torch.arange(len(self.active), device=self.active.device) if self._present is None else self._present

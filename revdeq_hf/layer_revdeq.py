@@ -596,7 +596,7 @@ def refuse_function_transforms() -> None:
 
 @contextlib.contextmanager
 def _memory_advice(state: State) -> Iterator[None]:
-    """Adds to torch's own message, at whose beginning `auto_find_batch_size` looks, what a user can change."""
+    """Adds to torch's own message of an allocation in the forward pass that failed, at whose beginning `auto_find_batch_size` looks, what a user can change."""
     try:
         yield
     except RuntimeError as error:
@@ -605,7 +605,7 @@ def _memory_advice(state: State) -> Iterator[None]:
         count, each = len(state[0]), sum(part[0].numel() * part.element_size() for part in state if len(part))
         raise type(error)(
             f"{error}\nthe fixed point of {count} examples, each with a state of {each:,} bytes, did not fit into memory; take a smaller batch, to which "
-            "what a solve needs is proportional, smaller examples, or without gradients torch.no_grad()"
+            "what a solve needs is proportional, smaller examples, or torch.no_grad() where no gradient is needed"
         ) from error
 
 

@@ -401,13 +401,7 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
                     f"labels of classes must be ({batch},) of torch.int64, {got}; several labels at once are floating, ({batch}, {count}), with "
                     "config.problem_type='multi_label_classification'; a number to predict needs num_labels=1 and problem_type='regression'"
                 )
-            if _may_look(labels):
-                wrong = labels[((labels < 0) | (labels >= count)) & (labels != IGNORED_LABEL)]
-                if wrong.numel():
-                    raise ValueError(
-                        f"labels must lie in [0, num_labels) = [0, {count}), or be {IGNORED_LABEL} to be ignored, got {sorted(set(wrong.tolist()))[:5]}; "
-                        "make the model with num_labels (or id2label) of the data"
-                    )
+            _check_range(labels, count, IGNORED_LABEL, str(IGNORED_LABEL))
             return
         shapes = ((batch,), (batch, 1)) if kind == "regression" and count == 1 else ((batch, count),)
         if not labels.is_floating_point() or labels.shape not in shapes:
@@ -506,13 +500,7 @@ class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
         if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or tuple(labels.shape) != expected:
             got = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, torch.Tensor) else type(labels).__name__
             raise ValueError(f"labels must be (batch, height, width) = {expected} of torch.int64, one class per pixel, got {got}")
-        if _may_look(labels):
-            wrong = labels[((labels < 0) | (labels >= count)) & (labels != ignored)]
-            if wrong.numel():
-                raise ValueError(
-                    f"labels must lie in [0, num_labels) = [0, {count}), or be config.semantic_loss_ignore_index = {ignored} to be ignored, got "
-                    f"{sorted(set(wrong.tolist()))[:5]}; make the model with num_labels (or id2label) of the data"
-                )
+        _check_range(labels, count, ignored, f"config.semantic_loss_ignore_index = {ignored}")
 
 
 @auto_docstring(
@@ -563,6 +551,18 @@ class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
             feature_maps=tuple(features for name, features in zip(self.stage_names, maps, strict=True) if name in self.out_features),
             hidden_states=tuple(maps) if output_hidden_states else None,
             **_figures(solutions, maps[-1].device),
+        )
+
+
+def _check_range(labels: torch.Tensor, count: int, ignored: int, ignored_name: str) -> None:
+    """Raises ValueError unless the labels are classes or the one that is ignored; where the look would cost something, it is left out."""
+    if not _may_look(labels):
+        return
+    wrong = labels[((labels < 0) | (labels >= count)) & (labels != ignored)]
+    if wrong.numel():
+        raise ValueError(
+            f"labels must lie in [0, num_labels) = [0, {count}), or be {ignored_name} to be ignored, got {sorted(set(wrong.tolist()))[:5]}; "
+            "make the model with num_labels (or id2label) of the data"
         )
 
 
