@@ -93,6 +93,10 @@ class NetworkArguments:
     )
     block_type: str = field(default="recall", metadata={"help": "recall, paper or modern."})
     beta: float | None = field(default=None, metadata={"help": "Relaxation, in (0, 2), not 1. Default: 0.8, or that of the trained model."})
+    damping: float | None = field(
+        default=None,
+        metadata={"help": "Share of the state in each value of the block, in [0, 1). Default: 0, or that of the trained model."},
+    )
     train_steps: list[int] = field(
         default_factory=lambda: [6, 24], metadata={"help": "Least and most steps of a training batch, or their number."}
     )
@@ -158,7 +162,7 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         if problem.of_tokens:  # the same layers; the mask lets it see in both directions
             return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth))
         return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
-    given: dict[str, Any] = {name: value for name in ("beta", "num_restarts") if (value := getattr(options, name)) is not None}
+    given: dict[str, Any] = {name: value for name in ("beta", "damping", "num_restarts") if (value := getattr(options, name)) is not None}
     if options.model_name_or_path:
         model_class = RevDEQForTokenClassification if problem.of_tokens else RevDEQForSemanticSegmentation
         return model_class.from_pretrained(options.model_name_or_path, **given)

@@ -109,10 +109,12 @@ class Evaluator:
         arguments: `(x, context, kwargs)`; tensors in them, also inside plain tuples, lists and dicts, are taken out into `tensors`.
         is_tuple: whether states are handed to the block as a tuple.
         state: tensors of the shapes, dtype and device that the block must return.
+        damping: share of the state in each value: `damping z + (1 - damping) f(z)`, which has the block's fixed points.
     """
 
-    def __init__(self, block: nn.Module, arguments: tuple, is_tuple: bool, state: State) -> None:
+    def __init__(self, block: nn.Module, arguments: tuple, is_tuple: bool, state: State, damping: float = 0.0) -> None:
         self.block = block
+        self.damping = damping
         self.tensors: list[torch.Tensor] = []
         self.template = _take_tensors(arguments, self.tensors)
         self.is_tuple = is_tuple
@@ -144,12 +146,12 @@ class Evaluator:
         x, context, kwargs = _put_tensors(self.template, tensors)
         z = state if self.is_tuple else state[0]
         if torch.compiler.is_exporting():  # a trace has no generators, and buffers of its own
-            return self._checked(self.block(z, x, *context, **kwargs))
+            return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
         if self._generators is not None:
             if self.random:
                 set_generator_states(self._generators, self.device)
             set_buffers(self._changed)
-            return self._checked(self.block(z, x, *context, **kwargs))
+            return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
         self._generators = generator_states(self.device)
         buffers = [b for m in self.block.modules() if m.training for b in m._buffers.values() if b is not None and not b.is_inference()]
         self._changed = [(buffer, buffer.clone()) for buffer in buffers]
@@ -164,7 +166,12 @@ class Evaluator:
                 "the block changes one of its inputs in place, so a second evaluation would meet another map; "
                 "use out-of-place operations on z, x and the context (z + x, not z.add_(x))"
             )
-        return self._checked(out)
+        return self._damped(state, self._checked(out))
+
+    def _damped(self, state: State, values: State) -> State:
+        if not self.damping:
+            return values
+        return tuple(torch.lerp(f, z, self.damping) for f, z in zip(values, state, strict=True))
 
     def _checked(self, out: Any) -> State:
         values = out if isinstance(out, tuple) else (out,)
@@ -451,7 +458,7 @@ class Solve:
     def _measure(self, f: State, z: State) -> None:
         """Residuals of the rows still active, which cease to be where they meet `tol`."""
         with torch.no_grad():
-            residual = residual_of(f, z, self.row_dims)
+            residual = residual_of(f, z, self.row_dims) / (1 - self.evaluator.damping)  # a damped value lies so much closer to z
             if self.active is None or self.residual is None:
                 self.residual = residual
             else:

@@ -41,7 +41,8 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
         solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
         steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}: each training batch draws its number of
             steps, see `steps_revdeq.py`; evaluation and generation take `max_steps`.
-        initial_scale, path_noise, num_restarts: as in `revdeq_hf.ReversibleFixedPoint`; the first and the last with `is_causal=False` only.
+        damping, path_noise: as in `revdeq_hf.ReversibleFixedPoint`.
+        initial_scale, num_restarts: as in `revdeq_hf.ReversibleFixedPoint`; with `is_causal=False` only.
         kv_cache: "per_evaluation", one cache slot for every evaluation and layer, which equals the full forward pass; or "shared", one for every layer,
             which holds the keys and values of the last evaluation: `2 * max_steps` times smaller, any `max_steps` per call on one cache, the
             same at the fixed point and an approximation before it (see docs/language_model.md).
@@ -91,6 +92,7 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
     keep_evaluations: int = 1
     drift_policy: str = "warn"
     steps_sampling: dict | None = None
+    damping: int | float = 0.0
     initial_scale: int | float = 0.0
     path_noise: int | float = 0.0
     num_restarts: int = 1
@@ -185,7 +187,7 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
         check_solver_settings(
             self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
         )
-        check_path_settings(self.initial_scale, self.path_noise, self.num_restarts, self.solver)
+        check_path_settings(self.damping, self.initial_scale, self.path_noise, self.num_restarts, self.solver)
         if self.is_causal and self.initial_scale:
             raise ValueError(
                 f"initial_scale={self.initial_scale} needs is_causal=False: a causal model meets its tokens in parts, where they have other start states"
@@ -214,7 +216,7 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
         solver, gradient, keep_evaluations, drift_policy: as in `revdeq_hf.ReversibleFixedPoint`.
         steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}: each training batch draws its number of
             steps, see `steps_revdeq.py`; evaluation takes `max_steps`.
-        initial_scale, path_noise, num_restarts: as in `revdeq_hf.ReversibleFixedPoint`.
+        damping, initial_scale, path_noise, num_restarts: as in `revdeq_hf.ReversibleFixedPoint`.
         group_width: channels of a group of GroupNorm; must divide all channel counts (of the recall block there are no groups).
         pool_size: side of the grid that features are averaged to before the classifier.
         stem: what stands before the first stage: "batch_norm", 3x3 convolution, BatchNorm, ReLU; "group_norm", 3x3 convolution with a bias and
@@ -255,6 +257,7 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
     keep_evaluations: int = 1
     drift_policy: str = "warn"
     steps_sampling: dict | None = None
+    damping: int | float = 0.0
     initial_scale: int | float = 0.0
     path_noise: int | float = 0.0
     num_restarts: int = 1
@@ -375,7 +378,7 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
             check_solver_settings(
                 self.beta, steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
             )
-        check_path_settings(self.initial_scale, self.path_noise, self.num_restarts, self.solver)
+        check_path_settings(self.damping, self.initial_scale, self.path_noise, self.num_restarts, self.solver)
 
 
 def _check_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:

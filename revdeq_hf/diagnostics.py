@@ -25,7 +25,8 @@ class Diagnosis:
         residuals: (steps begun, batch) or, for layers with `row_dims=2`, (steps begun, batch, positions): relative residual at the start of each step.
         steps: int64 for each row, steps taken.
         evaluations: calls of the block in the solve.
-        spectral_radius: (batch,) float32, estimate of the greatest absolute eigenvalue of the block's Jacobian in z at the state returned.
+        spectral_radius: (batch,) float32, estimate of the greatest absolute eigenvalue of the Jacobian in z of the block, damped if the layer is,
+            at the state returned.
         drift: difference between the reconstructed and the true start state in one backward pass; None where the gradient mode is not "reversible".
         clamped, nonfinite: evaluations of rows in which a value left the range that is kept exactly, or was NaN or infinite.
     """
@@ -148,7 +149,7 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
         radius = diagnosis._radius()
         if not diagnosis.beta < diagnosis.beta_limit or radius >= 1:
             remedy = (
-                "bound the block (weight decay, a norm at its end, no identity path from z)"
+                "bound the block (weight decay, a norm at its end, no identity path from z), or try damping=0.5, which helps where it turns states over"
                 if not radius < 1
                 else f"take beta below {diagnosis.beta_limit:.3g}"
             )
@@ -180,7 +181,7 @@ def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, powe
             drift = layer.drift.item()
     set_generator_states(generators, device)  # the map of the solve: its dropout mask, its buffers
     set_buffers(buffers)
-    evaluator = Evaluator(layer.block, (x, tuple(context), named), is_tuple, z)
+    evaluator = Evaluator(layer.block, (x, tuple(context), named), is_tuple, z, layer.damping)
     evaluation = evaluate_with_graph(evaluator, z, [tensor.detach() for tensor in evaluator.tensors])
     radius = _spectral_radius(evaluation.state, evaluation.f, power_iterations)
     assert solution.step_residuals is not None

@@ -226,6 +226,9 @@ class ReversibleFixedPoint(nn.Module):
             where the block is given x alone and rows are examples, finished examples leave the batch and cost nothing any more.
         row_dims: leading dimensions of the state whose entries are measured and stopped by themselves: 1, examples; 2, for states of shape
             (batch, positions, ...), also positions. The solvers "picard", "relaxed", "anderson" and "broyden" know examples only.
+        damping: d in [0, 1); the iteration is that of `d z + (1 - d) f(z, x)`, which has the fixed points of f: where f turns states over (eigenvalues
+            near or beyond -1), and against pairs `y = f(z), z = f(y)`, in which the iteration can come to rest as well. Steps go less far. May be
+            changed after training, as beta may. Solver "reversible" only, the others relax by beta.
         steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}, see `steps_revdeq.py`: in training
             mode with gradients each solve draws its number of steps, unless `max_steps` is given in the call.
         initial_scale: standard deviation of the start state, 0: it is zero. In training mode with gradients it is drawn anew for every example, so that
@@ -290,6 +293,7 @@ class ReversibleFixedPoint(nn.Module):
         drift_policy: str = "warn",
         row_dims: int = 1,
         steps_sampling: "Mapping[str, Any] | None" = None,
+        damping: float = 0.0,
         initial_scale: float = 0.0,
         path_noise: float = 0.0,
         num_restarts: int = 1,
@@ -317,7 +321,8 @@ class ReversibleFixedPoint(nn.Module):
             raise ValueError(f"row_dims must be 1 (examples) or 2 (positions of examples), got {row_dims!r}")
         self.row_dims = row_dims
         self.steps_sampling = None if steps_sampling is None else dict(steps_sampling)
-        check_path_settings(initial_scale, path_noise, num_restarts, solver)
+        check_path_settings(damping, initial_scale, path_noise, num_restarts, solver)
+        self.damping = float(damping)
         self.initial_scale, self.path_noise, self.num_restarts = float(initial_scale), float(path_noise), num_restarts
         for name, value in (("solver_memory", solver_memory), ("adjoint_max_steps", adjoint_max_steps), ("phantom_steps", phantom_steps)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -384,7 +389,7 @@ class ReversibleFixedPoint(nn.Module):
         """
         compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if num_restarts is not None:
-            check_path_settings(self.initial_scale, self.path_noise, num_restarts, self.solver)
+            check_path_settings(self.damping, self.initial_scale, self.path_noise, num_restarts, self.solver)
         restarts = self.num_restarts if num_restarts is None else num_restarts
         settings = (compiling, x, context, max_steps, gradient, output_trajectory, block_kwargs)
         if z0 is not None or not self.initial_scale:
@@ -438,7 +443,7 @@ class ReversibleFixedPoint(nn.Module):
         else:
             steps = self.max_steps
         is_tuple = isinstance(x if z0 is None else z0, tuple)
-        evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state)
+        evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, self.damping)
         start = None if z0 is None else state
         wants_gradient = torch.is_grad_enabled() and (
             any(t.requires_grad for t in (*(start or ()), *evaluator.tensors)) or bool(trainable_parameters(self.block))
@@ -485,6 +490,8 @@ class ReversibleFixedPoint(nn.Module):
             self.statistics = SolveStatistics(found.steps, found.residual, found.evaluations, evaluator.shapes, clamped, found.nonfinite)
         if wants_gradient and evaluator.autocast:
             torch.clear_autocast_cache()  # weights cast without a graph must not be found by who needs one (torch 2.13 sees to it itself)
+        if mode not in EXACT_MODES:
+            evaluator.damping = 0.0  # these take the block itself, and relax by beta
         if wants_gradient and mode == "implicit":
             z = attach_implicit(evaluator, z, self._approximation, self._certificate)
         elif wants_gradient and mode == "phantom":
@@ -511,13 +518,16 @@ def better_of(one: FixedPointSolution, other: FixedPointSolution) -> FixedPointS
     return FixedPointSolution(**figures, evaluations=one.evaluations + other.evaluations, shapes=one.shapes)
 
 
-def check_path_settings(initial_scale: float, path_noise: float, num_restarts: int, solver: str) -> None:
+def check_path_settings(damping: float, initial_scale: float, path_noise: float, num_restarts: int, solver: str) -> None:
     """Raises ValueError, with what was got and what was expected, unless the settings of the path suit `ReversibleFixedPoint`."""
     for name, value in (("initial_scale", initial_scale), ("path_noise", path_noise)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-    if path_noise and solver != "reversible":
-        raise ValueError(f"path_noise={path_noise} needs solver='reversible', got {solver!r}")
+    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < 1:
+        raise ValueError(f"damping must lie in [0, 1), got {damping!r}")
+    for name, value in (("damping", damping), ("path_noise", path_noise)):
+        if value and solver != "reversible":
+            raise ValueError(f"{name}={value} needs solver='reversible', got {solver!r}")
     if isinstance(num_restarts, bool) or not isinstance(num_restarts, int) or num_restarts < 1:
         raise ValueError(f"num_restarts must be a whole number >= 1, got {num_restarts!r}")
     if num_restarts > 1 and not initial_scale:

@@ -205,6 +205,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             if config.solver == "reversible" and config.is_causal
             else 1,  # a token that sees all others has not settled before they have
             steps_sampling=config.steps_sampling,
+            damping=config.damping,
             initial_scale=config.initial_scale,
             path_noise=config.path_noise,
             num_restarts=config.num_restarts,

@@ -164,6 +164,7 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
                 keep_evaluations=config.keep_evaluations,
                 drift_policy=config.drift_policy,
                 steps_sampling=config.steps_sampling,
+                damping=config.damping,
                 initial_scale=config.initial_scale,
                 path_noise=config.path_noise,
                 num_restarts=config.num_restarts,

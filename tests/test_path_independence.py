@@ -12,6 +12,7 @@ from revdeq_hf import (
     RevDEQVisionConfig,
     RevDEQVisionModel,
     ReversibleFixedPoint,
+    diagnose,
 )
 from revdeq_hf.layer_revdeq import better_of
 
@@ -37,8 +38,12 @@ def train_once(kind: str, gradient: str, dtype=torch.float32, **settings):
 
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("settings", [dict(max_steps=5), dict(max_steps=40, beta=0.5), dict(max_steps=30, tol=0.3, beta=1.2)], ids=str)
-def test_laws_1_and_2_hold_with_drawn_starts_and_noise(kind, dtype, settings):
+@pytest.mark.parametrize(
+    "settings",
+    [dict(max_steps=5), dict(max_steps=40, beta=0.5), dict(max_steps=30, tol=0.3, beta=1.2), dict(max_steps=20, damping=0.3)],
+    ids=str,
+)
+def test_laws_1_and_2_hold_with_drawn_starts_noise_and_damping(kind, dtype, settings):
     settings = dict(initial_scale=0.7, path_noise=0.05) | settings
     states, expected, _ = train_once(kind, "backprop", dtype, **settings)
     for gradient in ("reversible", "checkpoint"):
@@ -47,6 +52,58 @@ def test_laws_1_and_2_hold_with_drawn_starts_and_noise(kind, dtype, settings):
         assert all(torch.equal(a, b) for a, b in zip(z, states, strict=True))
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b) or relative_error(a, b) < 1e-6
+
+
+class TurnsOver(torch.nn.Module):
+    """`f(z, x) = x - tanh(1.5 z)`: eigenvalue -1.5 at its fixed point, and a pair y = f(z), z = f(y) beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, z, x):
+        return x - torch.tanh(self.weight * z)
+
+
+def test_damping_finds_the_fixed_point_where_the_bare_iteration_rests_in_a_pair():
+    x = torch.full((1, 1), 0.1, dtype=torch.float64)
+    settings = dict(beta=0.5, max_steps=200)
+    with torch.no_grad():
+        bare, damped = (ReversibleFixedPoint(TurnsOver().double(), **settings, damping=d)(x) for d in (0.0, 0.5))
+        f = TurnsOver().double()
+        other = f(bare.z, x)
+        assert bare.residual > 0.5
+        assert torch.allclose(f(other, x), bare.z)  # it rests, in a pair
+        assert damped.residual < 1e-6
+        assert torch.allclose(f(damped.z, x), damped.z)
+
+
+def test_the_residual_is_that_of_the_block_whatever_the_damping():
+    x = torch.full((1, 1), 0.1, dtype=torch.float64)
+    layer = ReversibleFixedPoint(TurnsOver().double(), beta=0.5, max_steps=8, damping=0.75)
+    with torch.no_grad():
+        solution = layer(x, output_trajectory=True)
+        z = solution.trajectory[-2]  # at the start of the last step
+        f = layer.block(z, x)
+    expected = (f - z).norm() / (1e-5 + (0.75 * z + 0.25 * f).norm())
+    assert solution.residual.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_diagnosis_is_that_of_the_map_iterated():
+    x = torch.zeros(1, 1, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"spectral radius 1\.5 .*damping=0\.5"):
+        diagnose(ReversibleFixedPoint(TurnsOver().double(), beta=0.5), x)
+    assert diagnose(ReversibleFixedPoint(TurnsOver().double(), beta=0.5, damping=0.5), x).spectral_radius.item() == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "phantom"])
+def test_approximate_gradients_of_a_damped_solve_are_the_block_s(gradient):
+    gradients = []
+    for settings in (dict(damping=0.5), dict(solver="relaxed")):
+        layer = ReversibleFixedPoint(TurnsOver().double(), beta=0.4, max_steps=300, gradient=gradient, phantom_steps=60, **settings)
+        layer(torch.full((1, 1), 0.1, dtype=torch.float64)).z.sum().backward()
+        gradients.append(layer.block.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-4)
 
 
 def test_noise_is_another_one_at_each_evaluation_of_its_size_and_of_training_only():
@@ -239,6 +296,8 @@ def test_an_implicit_gradient_after_rows_have_left():
         (dict(num_restarts=0, initial_scale=1.0), "num_restarts must be a whole number >= 1, got 0"),
         (dict(initial_scale=-1.0), "initial_scale must be a finite number >= 0, got -1.0"),
         (dict(path_noise=float("inf")), "path_noise must be a finite number >= 0, got inf"),
+        (dict(damping=1.0), r"damping must lie in \[0, 1\), got 1.0"),
+        (dict(damping=0.5, solver="picard", gradient="implicit"), "damping=0.5 needs solver='reversible', got 'picard'"),
         (dict(path_noise=0.1, solver="picard", gradient="implicit"), "path_noise=0.1 needs solver='reversible', got 'picard'"),
     ],
     ids=str,
@@ -268,11 +327,11 @@ def test_calls_that_do_not_fit_are_refused():
 
 def test_the_image_model_has_the_settings():
     config = RevDEQVisionConfig(
-        hidden_sizes=[16], expansion_ratios=[1], initial_scale=0.5, path_noise=0.1, num_restarts=2, tol=1e-9, max_steps=3
+        hidden_sizes=[16], expansion_ratios=[1], damping=0.2, initial_scale=0.5, path_noise=0.1, num_restarts=2, tol=1e-9, max_steps=3
     )
     model = RevDEQVisionModel(config).eval()
     stage = model.stages[0]
-    assert (stage.initial_scale, stage.path_noise, stage.num_restarts) == (0.5, 0.1, 2)
+    assert (stage.damping, stage.initial_scale, stage.path_noise, stage.num_restarts) == (0.2, 0.5, 0.1, 2)
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         model(images)
