@@ -27,6 +27,7 @@ from .solver_revdeq import Digits, ExactState, Resolution, Scratch, per_row, res
 RESIDUAL_FLOOR = 1e-5
 # rows that met tol leave the batch when no more than this share would stay: copying the others costs little beside an evaluation
 STAYING = 0.75
+UNFUSED_DEVICES = ("cpu", "meta")
 
 State = tuple[torch.Tensor, ...]
 
@@ -294,6 +295,10 @@ class Solve:
         self._present: torch.Tensor | None = None  # indices of the rows still here, None: all
         self._left: list[tuple[torch.Tensor, State, list[torch.Tensor]]] = []  # of rows that are finished: indices, z, figures
 
+    def scratch(self) -> Scratch:
+        """Where the block is compiled the arithmetic is as well, but for the CPU, on which one operation at a time was faster."""
+        return Scratch(fused=self.evaluator.compiled and self.evaluator.device.type not in UNFUSED_DEVICES)
+
     def start(self, z0: State | None, scratch: Scratch, reversed_later: bool = True) -> list[ExactState]:
         """The start state as integers; zero where `z0` is None. States that are not reversed later keep nothing for it: their memory does not grow."""
         if z0 is None:
@@ -408,7 +413,7 @@ class Solve:
         assert isinstance(self.phase, torch.Tensor)
         self.phase = self.phase[staying]
         self.steps, self.residual, self.clamped, self.nonfinite = (figure[staying] for figure in self._figures())
-        scratch = Scratch()
+        scratch = self.scratch()
         for state in (*y, *z):
             state.keep(staying, scratch)
         self.evaluator.keep(staying)
@@ -449,11 +454,13 @@ class Solve:
         if not values.numel():
             return
         values = rows(values, self.row_dims)
-        low, high = values.amin(-1), values.amax(-1)  # on the CPU much faster than aminmax
-        finite = torch.isfinite(low) & torch.isfinite(high)
-        outside = finite & ((low < -limit) | (high > limit))
-        self.nonfinite += ~finite if self.active is None else ~finite & self.active
-        self.clamped += outside if self.active is None else outside & self.active
+        # on the CPU much faster than aminmax, or abs and amax, or the maximum norm; few operations, since for one token each costs as much as any
+        greatest = torch.maximum(values.amax(-1), values.amin(-1).neg_())
+        nonfinite, outside = ~(greatest < torch.inf), greatest > limit
+        if self.active is not None:
+            nonfinite, outside = nonfinite & self.active, outside & self.active
+        self.nonfinite += nonfinite
+        self.clamped += outside & ~nonfinite
 
     def _measure(self, f: State, z: State) -> None:
         """Residuals of the rows still active, which cease to be where they meet `tol`."""
@@ -545,7 +552,7 @@ class _Reversible(torch.autograd.Function):
                 kept.append(evaluation)
             return tuple(part.detach() for part in evaluation.f)
 
-        scratch = Scratch()
+        scratch = solve.scratch()
         y, z = solve.start(z0, scratch), solve.start(z0, scratch)
         out = solve.iterate(y, z, z0, evaluate)
         pair = (*y, *z)
@@ -568,7 +575,7 @@ class _Reversible(torch.autograd.Function):
         argument_needed, parameter_needed = needed[ctx.z0_count : ctx.end], needed[ctx.end :]
         parameters = [p for p, need in zip(ctx.parameters, parameter_needed, strict=True) if need]
         leaves = as_leaves(arguments, argument_needed)
-        y, z = _unpack(ctx.packings, exact, solve.resolution)
+        y, z = _unpack(ctx.packings, exact, solve)
         argument_sums: list[torch.Tensor | None] = [None] * sum(argument_needed)
         parameter_sums = _Sums(len(parameters))
         kept, ctx.kept = ctx.kept, []  # a second backward pass over the same graph recomputes them
@@ -627,7 +634,7 @@ class _Reversible(torch.autograd.Function):
                     for state in (*y, *z):
                         state.undo_spill(entered)
                     phase = segment if entered is None else torch.where(entered, segment, phase)
-        start = solve.start(z0, Scratch())
+        start = solve.start(z0, solve.scratch())
         gaps = [torch.max(torch.abs(a.integers - b.integers)) for a, b in zip((*y, *z), start * 2, strict=True) if a.integers.numel()]
         drift = torch.stack(gaps).max().to(torch.float32) * abs(solve.resolution.spacing(0)) if gaps else torch.zeros(())
         ctx.certificate.record(drift)
@@ -636,10 +643,10 @@ class _Reversible(torch.autograd.Function):
         return None, None, None, None, *for_start, *(next(found) if need else None for need in needed[ctx.z0_count :])
 
 
-def _unpack(packings: list[Digits], exact: "Sequence[torch.Tensor]", resolution: Resolution) -> tuple[list[ExactState], list[ExactState]]:
+def _unpack(packings: list[Digits], exact: "Sequence[torch.Tensor]", solve: Solve) -> tuple[list[ExactState], list[ExactState]]:
     """Independent copies of the pair of states from what was saved."""
-    words, scratch = iter(exact[len(packings) :]), Scratch()
-    states = [ExactState(v.clone(), resolution, packing.filled(words), scratch) for v, packing in zip(exact, packings, strict=False)]
+    words, scratch = iter(exact[len(packings) :]), solve.scratch()
+    states = [ExactState(v.clone(), solve.resolution, packing.filled(words), scratch) for v, packing in zip(exact, packings, strict=False)]
     return states[: len(states) // 2], states[len(states) // 2 :]
 
 
@@ -687,7 +694,7 @@ def foreign_leaf(evaluation: Evaluation, parameters: Sequence[torch.Tensor]) -> 
 
 def solve_plain(solve: Solve, z0: State | None) -> State:
     """Without gradients: nothing is kept."""
-    scratch = Scratch()
+    scratch = solve.scratch()
     y, z = (solve.start(z0, scratch, reversed_later=False) for _ in range(2))
     evaluator = solve.evaluator
     # a compiled block would be compiled again for each number of rows
@@ -725,7 +732,7 @@ def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[
 
 def solve_stored(solve: Solve, z0: State | None, recompute_before: int) -> State:
     """With exact gradients by autograd: `checkpoint`, and with `recompute_before=0` `backprop`."""
-    scratch = Scratch()
+    scratch = solve.scratch()
     y, z = (solve.start(z0, scratch, reversed_later=False) for _ in range(2))
     return solve.iterate(y, z, z0, stored_evaluation(solve.evaluator, recompute_before), differentiable=True)
 

@@ -33,9 +33,10 @@ as long. Beside an evaluation of a transformer block of width 256 the first two 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 
 import torch
 
@@ -233,21 +234,58 @@ class Digits:
         return other
 
 
+def accumulate(
+    integers: torch.Tensor, f: torch.Tensor, gain: torch.Tensor, limit: torch.Tensor, factor: torch.Tensor, active: torch.Tensor | None
+) -> None:
+    """`integers += factor round(gain f)` in the active rows, f clamped to the limit and NaN taken as 0: `ExactState.advance` in one expression.
+
+    gain and limit are 0-d floats, wide enough for f; factor is a 0-d integer; active has ones for dimensions to broadcast over.
+    """
+    q = (f.to(gain.dtype).clamp(-limit, limit).nan_to_num(nan=0.0) * gain).round().to(torch.int64) * factor
+    integers.add_(q if active is None else q * active)
+
+
+def read(integers: torch.Tensor, spacing: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`ExactState.value` in one expression; spacing broadcasts."""
+    return (integers.to(spacing.dtype) * spacing).to(dtype)
+
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """Compiled once for all shapes: one kernel, where the operations one by one move four times as many bytes."""
+    return torch.compile(function, dynamic=True)
+
+
 class Scratch:
     """What is made once in a solve and used at every half step: fresh memory costs as much as the arithmetic done in it, and a table that is copied
-    to an accelerator makes the host wait."""
+    to an accelerator makes the host wait.
 
-    def __init__(self) -> None:
+    Args:
+        fused: whether a half step's arithmetic is compiled to one kernel (`accumulate`, `read`) instead of operations in these tensors; the bits are the same.
+    """
+
+    def __init__(self, fused: bool = False) -> None:
+        self.fused = fused
         # a pair for each shape; sizes of an exported program cannot be keys of a dict
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._spacings: torch.Tensor | None = None
+        self._tables: dict[str, torch.Tensor] = {}
 
-    def spacings(self, resolution: Resolution, like: torch.Tensor) -> torch.Tensor:
-        """The spacing at each phase, (K + 1,), of the dtype and device of `like`."""
-        if self._spacings is None:
-            table = [resolution.spacing(phase) for phase in range(resolution.segment + 1)]
-            self._spacings = torch.tensor(table, dtype=like.dtype, device=like.device)
-        return self._spacings
+    def _table(self, name: str, numbers: Callable[[], list], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if name not in self._tables:
+            self._tables[name] = torch.tensor(numbers(), dtype=dtype, device=device)
+        return self._tables[name]
+
+    def spacings(self, resolution: Resolution, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """The spacing at each phase, (K + 1,), float32 or float64."""
+        return self._table("spacings", lambda: [resolution.spacing(phase) for phase in range(resolution.segment + 1)], dtype, device)
+
+    def arithmetic(
+        self, resolution: Resolution, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `accumulate` multiplies and clamps with: gain and limit, 0-d, float32 or float64, and the scale at each phase, (K + 1,) int64."""
+        gain, limit = self._table("gain", lambda: [resolution.beta * 2.0**resolution.fraction_bits, resolution.value_limit], dtype, device)
+        scales = self._table("scales", lambda: [resolution.scale(phase) for phase in range(resolution.segment + 1)], torch.int64, device)
+        return gain, limit, scales
 
     def tensors(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A float tensor, wide enough for `f`, and an int64 one, both of its shape."""
@@ -292,12 +330,12 @@ class ExactState:
     def value(self, phase: "int | torch.Tensor", dtype: torch.dtype) -> torch.Tensor:
         """The state as floats: what `f` sees. `phase` is a number, or an integer for each row where they stopped at different steps."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        value = self.integers.to(wide)
-        if isinstance(phase, int):
-            value.mul_(self.resolution.spacing(phase))
-        else:
-            value.mul_(per_row(self._scratch.spacings(self.resolution, value)[phase], value))
-        return value.to(dtype)
+        if self._scratch.fused or not isinstance(phase, int):
+            spacing = per_row(self._scratch.spacings(self.resolution, wide, self.integers.device)[phase], self.integers)
+            if self._scratch.fused:
+                return compiled(read)(self.integers, spacing, dtype)
+            return self.integers.to(wide).mul_(spacing).to(dtype)
+        return self.integers.to(wide).mul_(self.resolution.spacing(phase)).to(dtype)
 
     def increment(self, f: torch.Tensor) -> torch.Tensor:
         """`q = round(beta f 2^F)` as int64, f clamped to the value limit and NaN taken as 0 (the caller tells). Valid until the next call."""
@@ -308,17 +346,23 @@ class ExactState:
 
     def advance(self, f: torch.Tensor, phase: int, active: torch.Tensor | None = None) -> None:
         """`state = (1 - beta) state + beta f`, in place, from `phase` to `phase + 1`; rows that are not `active` stay as they are."""
-        self._add(f, self.resolution.scale(phase + 1), active)
+        self._add(f, phase + 1, 1, active)
 
     def retreat(self, f: torch.Tensor, phase: int, active: torch.Tensor | None = None) -> None:
         """The inverse of `advance` with the same arguments."""
-        self._add(f, -self.resolution.scale(phase + 1), active)
+        self._add(f, phase + 1, -1, active)
 
-    def _add(self, f: torch.Tensor, factor: int, active: torch.Tensor | None) -> None:
+    def _add(self, f: torch.Tensor, phase: int, sign: int, active: torch.Tensor | None) -> None:
+        if self._scratch.fused:
+            wide = torch.float64 if f.dtype == torch.float64 else torch.float32
+            gain, limit, scales = self._scratch.arithmetic(self.resolution, wide, f.device)
+            rows = None if active is None else per_row(active, f)
+            compiled(accumulate)(self.integers, f, gain, limit, sign * scales[phase], rows)
+            return
         q = self.increment(f)
         if active is not None:
             q.mul_(per_row(active, q))
-        self.integers.add_(q, alpha=factor)
+        self.integers.add_(q, alpha=sign * self.resolution.scale(phase))
 
     def keep(self, rows: torch.Tensor, scratch: Scratch) -> None:
         """Drops all rows but those of these indices; for states that are not to be reversed."""

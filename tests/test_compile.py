@@ -8,6 +8,7 @@ from conftest import awake, relative_error
 from torch import nn
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint
+from revdeq_hf.solver_revdeq import ExactState, Scratch, resolution_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,3 +72,44 @@ def test_a_whole_compiled_model_compiles_the_block_by_itself():
     assert model.model.solve.drift == 0
     assert model.model.solve._compiled_block is not None
     assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("beta", [0.5, 0.8, 1.2])
+def test_arithmetic_compiled_to_one_kernel_gives_the_same_bits(beta, dtype):
+    resolution = resolution_for(beta, dtype)
+    torch.manual_seed(0)
+    start = torch.randn(5, 7, 13, dtype=dtype)
+    states = [ExactState.from_float(start, resolution, scratch=Scratch(fused=fused)) for fused in (False, True)]
+    active = torch.tensor([True, False, True, True, False])
+    for phase in range(resolution.segment):
+        f = 50 * torch.randn_like(start)
+        f[0, 0, :5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e4, -3e4])
+        for state in states:
+            state.advance(f, phase, active if phase % 2 else None)
+        assert torch.equal(states[0].integers, states[1].integers)
+        assert torch.equal(*(state.value(phase + 1, dtype) for state in states))
+        rows = torch.arange(5) % (phase + 2)  # a phase for each row, as where rows stopped at different steps
+        assert torch.equal(*(state.value(rows, dtype) for state in states))
+    before = states[0].integers.clone()
+    for state in states:
+        state.advance(f, 0, active)
+        state.retreat(f, 0, active)
+        assert torch.equal(state.integers, before)
+
+
+@pytest.mark.parametrize("tol", [None, 1e-2])
+def test_a_compiled_block_with_compiled_arithmetic_is_reversed_exactly(tol, monkeypatch):
+    torch.manual_seed(0)
+    block, x = Chain(0.0), torch.randn(4, 32, 64, requires_grad=True)
+    block.compile()
+    found = []
+    for unfused in (("cpu",), ()):
+        monkeypatch.setattr("revdeq_hf.adjoint_revdeq.UNFUSED_DEVICES", unfused)
+        layer = ReversibleFixedPoint(block, beta=0.8, max_steps=30, tol=tol, drift_policy="raise")
+        z = layer(x).z
+        (gradient,) = torch.autograd.grad(z.square().sum(), x)
+        assert layer.drift == 0
+        found.append((z.detach(), gradient))
+    for plain, fused in zip(*found, strict=True):
+        assert torch.equal(plain, fused)
