@@ -50,6 +50,7 @@ class Problem:
     train_count: int = 20_000
     channels: int = 1  # of its grids
     kernel: tuple[int, int] = (3, 3)
+    test_damping: float | None = None  # None: that of the training
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = collate
 
     @property
@@ -60,7 +61,7 @@ class Problem:
 
 PROBLEMS = {
     "prefix_sums": Problem(prefix_sums, 32, [32, 128, 512], [12, 24, 48, 96, 192], 64, kernel=(1, 3)),
-    "mazes": Problem(mazes, 9, [9, 21, 59], [12, 24, 48, 96, 192, 384], 32, channels=3),
+    "mazes": Problem(mazes, 9, [9, 21, 59], [12, 24, 48, 96, 192, 384], 32, channels=3, test_damping=0.5),
     "sudoku": Problem(sudoku, 36, [40, 32, 26], [8, 16, 32, 64, 128], 64, train_count=1_000, collate=collate_sudoku),
 }
 
@@ -80,6 +81,12 @@ class ProblemArguments:
     curve_count: int = field(default=100, metadata={"help": "So many of them also with each number of steps."})
     test_steps: list[int] | None = field(default=None, metadata={"help": "Steps to test with. Default: the problem's."})
     tol: float = field(default=1e-3, metadata={"help": "Relative residual at which an answer is given, in the test of adaptive steps."})
+    test_damping: float | None = field(
+        default=None,
+        metadata={
+            "help": "Damping in the tests, which changes no fixed point and lets more of them be found. Default: 0.5 for mazes, else that of the training."
+        },
+    )
     problem_seed: int = field(default=1, metadata={"help": "Seed of the problems."})
 
 
@@ -249,7 +256,11 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
     model.eval()
     curve: list[Figures] = []
     adaptive: list[Figures] = []
-    equilibrium = bool(list(fixed_point_layers(model)))
+    layers = [layer for _, layer in fixed_point_layers(model)]
+    equilibrium = bool(layers)
+    damping = problem.test_damping if data.test_damping is None else data.test_damping
+    for layer in layers if damping is not None else []:
+        layer.damping = damping
     steps_tested = data.test_steps or problem.test_steps
 
     def settle(rows: Dataset, size: int, kind: str = "") -> Figures:
@@ -285,7 +296,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
             adaptive.append(settle(rows, size))
             if problem.of_tokens:
                 adaptive.append(settle(contradicting(few, data.problem_seed + 2), size, ", contradicting"))
-    return {"curve": curve, "adaptive": adaptive}
+    return {"curve": curve, "adaptive": adaptive, "test_damping": layers[0].damping if equilibrium else None}
 
 
 # --- what is shown ---

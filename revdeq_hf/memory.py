@@ -10,11 +10,15 @@ import argparse
 import copy
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -47,6 +51,32 @@ PRESETS: dict[str, Callable[[], Config]] = {
 }
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 LARGEST_BATCH = 2**20
+SMALLEST_SHARE = 0.01  # of the peak: groups of tensors below it are not told one by one
+
+
+@dataclass(frozen=True)
+class AtPeak:
+    """Tensors alive at the peak of a training step that are alike in all that is said of them here.
+
+    Attributes:
+        what: "weights" (the parameters), "buffers", "gradients" (that parameters have already), "optimizer exp_avg" and the like, "inputs"; of the rest the
+            operation that made them, such as "aten.mm", or "room of aten.logsumexp", which its kernel takes for itself; "others": what is below 1%.
+        phase: in which the operation ran, see `MemoryPlan`; "" for what has a name of its own, as are the next three.
+        module: the innermost one that was running, or being gone back through; "" for none.
+        line: of this package, that led to the operation, such as "loss_revdeq.py:123"; "" for none.
+        shape: of each tensor; None where it is not told.
+        dtype: of each tensor; None where it is not told.
+        count, bytes: tensors, and what they take together.
+    """
+
+    what: str
+    phase: str
+    module: str
+    line: str
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    count: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +92,8 @@ class MemoryPlan:
         gradients: of all parameters, at the end of the backward pass.
         activations: alive between forward and backward pass beside weights, optimiser state and the gradients of earlier micro-batches: the batch, and
             what is kept for the backward pass.
+        operation: the one at the peak, its module and line, see `AtPeak`; "" without `explain`.
+        at_peak: what is alive at the peak, the greatest first and "others" last, in all `peak` bytes; empty without `explain`.
     """
 
     gradient: str
@@ -75,6 +107,8 @@ class MemoryPlan:
     optimizer_state: int
     gradients: int
     activations: int
+    operation: str = ""
+    at_peak: tuple[AtPeak, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,6 +156,7 @@ def plan_memory(
     gradient_accumulation_steps: int = 1,
     padded: bool = False,
     max_steps: "int | list[int] | None" = None,
+    explain: bool = False,
 ) -> MemoryPlan:
     """The memory of a training step of `RevDEQForCausalLM` or `RevDEQForImageClassification` made from `config`, on one device.
 
@@ -137,6 +172,7 @@ def plan_memory(
         gradient_accumulation_steps: micro-batches to an update; from 2 on gradients are there during the forward pass, too.
         padded: whether batches of text hold padding, whose mask takes room that grows with the square of `length`.
         max_steps: steps of the solve; None: the config's, with `steps_sampling` the most that it draws.
+        explain: whether to tell what the peak consists of (`MemoryPlan.at_peak`); takes hardly longer.
 
     Returns:
         `MemoryPlan`.
@@ -155,19 +191,25 @@ def plan_memory(
     config, steps = _checked(config, batch_size, length, precision, gradient, optimizer, gradient_accumulation_steps, padded, max_steps)
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     dtype = torch.bfloat16 if precision == "pure_bf16" else torch.float32
-    with FakeTensorMode(allow_non_fake_inputs=True), _Counter() as counter:
+    with FakeTensorMode(allow_non_fake_inputs=True), _Counter(explain) as counter:
         model = _model_class(config)._from_config(config, dtype=dtype).train()
         parameters = list(model.parameters())
+        if explain:
+            counter.follow(model)
         weights = counter.alive
         update = OPTIMIZERS[optimizer](parameters)
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         _update(update, parameters)  # makes the optimiser's state
         state = counter.alive - weights
+        for states in update.state.values():
+            for kind, value in states.items():
+                counter.name(f"optimizer {kind}", [value])
         counter.peak = 0
         for _ in range(min(gradient_accumulation_steps, 2)):  # the second one has met the gradients of another already
             before, counter.phase = counter.alive, "forward"
             batch = _batch(config, batch_size, length, padded)
+            counter.name("inputs", batch.values())
             with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
                 loss = model(**batch, max_steps=steps).loss
             activations, counter.phase = counter.alive - before, "backward"
@@ -188,6 +230,8 @@ def plan_memory(
         optimizer_state=state,
         gradients=gradients,
         activations=activations,
+        operation=counter.operation,
+        at_peak=_grouped(counter.at_peak, counter.peak) if explain else (),
     )
 
 
@@ -237,13 +281,22 @@ def advise(
 class _Counter(LiveBytes):
     """Lets a step run on tensors without data, and counts what it takes, with the room of kernels.
 
+    Args:
+        explain: whether to remember where tensors come from.
+
     Attributes:
         phase, peak_phase: what is going on, and what was at the peak.
+        operation: at the peak, as in `MemoryPlan`.
+        at_peak: bytes of each tensor alive at the peak, and the first six fields of its `AtPeak`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, explain: bool = False) -> None:
         super().__init__()
-        self.phase = self.peak_phase = ""
+        self.explain = explain
+        self.phase = self.peak_phase = self.operation = ""
+        self.at_peak: list[tuple[int, tuple]] = []
+        self._origin = ("", "", "", "")  # of what is being made: the first four fields
+        self._running: list[str] = []  # names of modules, the innermost last
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -257,9 +310,83 @@ class _Counter(LiveBytes):
             return True if args[0].dtype == torch.bool else 0  # examples still to solve; a drift, or values clamped
         else:
             out = func(*args, **kwargs)
-        if self.see(out, _scratch(func, args, out)):
+        if self.explain:
+            self._origin = (str(func.overloadpacket), self.phase, self._module(), _line())
+        scratch = _scratch(func, args, out)
+        if self.see(out, scratch):
             self.peak_phase = self.phase
+            if self.explain:
+                what, phase, module, line = self._origin
+                self.operation = what + (module and f" in {module}") + (line and f", {line}")
+                self.at_peak = [(size, label) for size, _, label in self._storages.values()]
+                if scratch:
+                    self.at_peak.append((scratch, (f"room of {what}", phase, module, line, None, None)))
         return out
+
+    def describe(self, tensor: torch.Tensor) -> tuple:
+        return (*self._origin, tuple(tensor.shape), tensor.dtype)
+
+    def name(self, what: str, tensors: Iterable[Any]) -> None:
+        """From here on the tensors among these are called so, and not by what made them."""
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                key = tensor.untyped_storage()._cdata
+                self._storages[key] = (*self._storages[key][:2], (what, "", "", "", None, tensor.dtype))
+
+    def follow(self, model: torch.nn.Module) -> None:
+        """Names weights, and gradients as soon as parameters have them, and notes which module is running."""
+        self.name("weights", model.parameters())
+        self.name("buffers", model.buffers())
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda parameter: self.name("gradients", [parameter.grad]))
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(partial(self._begin, name or type(model).__name__))
+            module.register_forward_hook(self._end, always_call=True)  # a recomputation of checkpointing ends by an exception
+
+    def _begin(self, name: str, module: torch.nn.Module, args: Any) -> None:
+        self._claim(args)
+        self._running.append(name)
+
+    def _end(self, module: torch.nn.Module, args: Any, out: Any) -> None:
+        self._claim(out)
+        self._running.pop()
+
+    def _claim(self, tensors: Any) -> None:
+        """Leaves the name of the running module with those nodes of the tensors' graph that have none, for the backward pass."""
+        todo: list[Any] = [leaf.grad_fn for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)]
+        while self._running and todo:
+            node = todo.pop()
+            if node is not None and "module" not in node.metadata:
+                node.metadata["module"] = self._running[-1]
+                todo += [earlier for earlier, _ in node.next_functions]
+
+    def _module(self) -> str:
+        node: Any = torch._C._current_autograd_node()
+        return self._running[-1] if self._running else "" if node is None else node.metadata.get("module", "")
+
+
+def _line() -> str:
+    """The innermost line of this package, but for this file's, that is being executed."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        folder, file = os.path.split(frame.f_code.co_filename)
+        if folder == os.path.dirname(__file__) and file != os.path.basename(__file__):
+            return f"{file}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+def _grouped(tensors: list[tuple[int, tuple]], peak: int) -> tuple[AtPeak, ...]:
+    """`MemoryPlan.at_peak` of what `_Counter` found."""
+    groups = defaultdict(list)
+    for size, label in tensors:
+        groups[label].append(size)
+    lines = sorted((AtPeak(*label, len(sizes), sum(sizes)) for label, sizes in groups.items()), key=lambda line: -line.bytes)
+    told = [line for line in lines if line.bytes >= SMALLEST_SHARE * peak]
+    others = lines[len(told) :]
+    if others:
+        told.append(AtPeak("others", "", "", "", None, None, sum(line.count for line in others), sum(line.bytes for line in others)))
+    return tuple(told)
 
 
 def _scratch(func: Any, args: tuple, out: Any) -> int:
@@ -425,6 +552,16 @@ def show_bytes(size: int) -> str:
     return f"{size} B"
 
 
+def _print_peak(plan: MemoryPlan) -> None:
+    print(f"\n{plan.gradient}: the peak of {show_bytes(plan.peak)} is in {plan.phase}, at {plan.operation}.")
+    rows: list[list[Any]] = []
+    for line in plan.at_peak:
+        sizes = [show_bytes(line.bytes), f"{line.bytes / plan.peak:.1%}", line.count]
+        shape, dtype = "x".join(map(str, line.shape or ())), str(line.dtype or "").removeprefix("torch.")
+        rows.append([line.what, *sizes, *(cell or None for cell in (shape, dtype, line.phase, line.module, line.line))])
+    print_table(["what", "bytes", "share", "count", "shape", "dtype", "made in", "module", "line"], rows)
+
+
 def main(arguments: "Sequence[str] | None" = None) -> None:
     """The command; `arguments` instead of the command line's."""
     parser = argparse.ArgumentParser(prog="python -m revdeq_hf.memory", description=(__doc__ or "").split("\n\n")[0])
@@ -441,6 +578,7 @@ def main(arguments: "Sequence[str] | None" = None) -> None:
         "--budget", type=parse_bytes, help="memory of the device, such as 24GB or 80GiB: find the largest batch and advise the mode"
     )
     parser.add_argument("--reserve", type=float, default=0.1, help="part of the budget left to what is not counted (default 0.1)")
+    parser.add_argument("--explain", action="store_true", help="tell what the peak of each mode consists of")
     options = parser.parse_args(arguments)
     settings: dict[str, Any] = dict(
         precision=options.precision,
@@ -448,6 +586,7 @@ def main(arguments: "Sequence[str] | None" = None) -> None:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         padded=options.padded,
         max_steps=options.max_steps,
+        explain=options.explain,
     )
     advice = None
     try:
@@ -469,6 +608,9 @@ def main(arguments: "Sequence[str] | None" = None) -> None:
         header += ["fits", "largest batch"]
         rows = [[*row, "yes" if entry.fits else "no", entry.largest_batch] for row, entry in zip(rows, advice.modes, strict=True)]
     print_table(header, rows)
+    if options.explain:
+        for plan in plans:
+            _print_peak(plan)
     shape = f"batch {options.batch}" + ("" if options.length is None else f" of {options.length} tokens")
     print(
         f"\nOne training step of {shape}, {options.precision}, {options.optim}. Time: evaluations of the block, as a multiple of backprop's."

@@ -318,7 +318,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive = self.peak = 0
-        self._storages: dict[int, tuple[int, weakref.ref]] = {}
+        self._storages: dict[int, tuple[int, weakref.ref, Any]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -332,11 +332,15 @@ class LiveBytes(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
                 if key not in self._storages:
-                    self._storages[key] = size, weakref.ref(storage, partial(self._forget, key))
+                    self._storages[key] = size, weakref.ref(storage, partial(self._forget, key)), self.describe(tensor)
                     self.alive += size
         higher = self.alive + scratch > self.peak
         self.peak = max(self.peak, self.alive + scratch)
         return higher
+
+    def describe(self, tensor: torch.Tensor) -> Any:
+        """What a subclass keeps of a new tensor while it is alive."""
+        return None
 
     def _forget(self, key: int, _: weakref.ref) -> None:
         self.alive -= self._storages.pop(key)[0]

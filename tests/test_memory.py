@@ -1,6 +1,7 @@
 """Does the predicted memory of a training step equal what a step takes?"""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,6 +151,56 @@ def test_memory_and_steps():
     assert peaks["backprop"][1] > 2 * peaks["backprop"][0]
 
 
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+@pytest.mark.parametrize(
+    ("config", "shape", "settings"),
+    [
+        (text(max_steps=1), (4, 128), dict(optimizer="adagrad")),
+        (text(block_type="paper"), (4, 128), dict(gradient_accumulation_steps=2, padded=True, precision="bf16")),
+        (images(max_steps=1), (8,), dict(optimizer="sgd", precision="bf16")),
+        (text(vocab_size=8192, max_steps=1), (1, 16), dict(optimizer="adamw_torch")),  # the peak is in the update
+    ],
+    ids=["text", "bf16", "images", "update"],
+)
+def test_the_peak_is_explained(config, shape, settings, gradient):
+    plan = plan_memory(config, *shape, gradient=gradient, **settings)
+    explained = plan_memory(config, *shape, gradient=gradient, explain=True, **settings)
+    assert replace(explained, operation="", at_peak=()) == plan  # looking changes nothing
+    *told, others = explained.at_peak
+    assert others.what == "others"
+    assert sum(line.bytes for line in explained.at_peak) == plan.peak
+    sizes = [line.bytes for line in told]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] >= 0.01 * plan.peak
+    model = (RevDEQForCausalLM if len(shape) == 2 else RevDEQForImageClassification)(config)
+    named = {line.what: line.bytes for line in told if not line.phase}
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert named.get("weights", weights) == weights  # not there: below 1% of the peak
+    if plan.phase == "optimizer":
+        assert [named[kind] for kind in ("weights", "gradients", "optimizer exp_avg", "optimizer exp_avg_sq")] == [weights] * 4
+    names = {name for name, _ in model.named_modules()} - {""}
+    for line in told:
+        assert (line.module in names) == (line.phase in ("forward", "backward"))
+        assert ".py:" in line.line or line.phase != "forward"
+
+
+def test_what_is_told_of_steps():
+    """How often an activation is there says whether evaluations keep their graphs."""
+
+    def counts(config, length, gradient, steps, *wanted):
+        plan = plan_memory(config, 4, length, gradient=gradient, max_steps=steps, optimizer="sgd", explain=True)
+        return [sum(line.count for line in plan.at_peak if (line.what, line.module) == pair) for pair in wanted]
+
+    layer = "model.solve.block.layers.0"
+    attention = ("aten._scaled_dot_product_flash_attention_for_cpu", f"{layer}.self_attn")
+    activation, convolution = ("aten.silu", f"{layer}.mlp.act_fn"), ("aten.convolution", "model.stages.0.block.conv1")
+    for steps in (1, 2):
+        assert counts(text(), 64, "backprop", steps, attention, activation) == [2 * steps, 2 * steps]
+        assert counts(text(), 64, "reversible", steps, attention, activation) == [1, 1]
+        assert counts(images(), None, "backprop", steps, convolution) == [2 * steps]
+        assert counts(images(), None, "reversible", steps, convolution) == [1]
+
+
 def test_sampled_steps_are_planned_for_the_most_of_them():
     for sampling in ({"distribution": "uniform", "min_steps": 1, "max_steps": 3}, {"distribution": "choice", "steps": [2, 3, 1]}):
         sampled = plan_memory(text(gradient="backprop", steps_sampling=sampling), 2, 32)
@@ -283,6 +334,15 @@ def test_the_command(tmp_path, capsys, request):
     assert show_bytes(plan.peak) in printed
     assert "checkpoint" not in printed
     assert "largest batch" not in printed
+
+    main([str(tmp_path), "--batch", "2", "--length", "32", "--gradient", "reversible", "backprop", "--explain"])
+    printed = capsys.readouterr().out
+    for mode in ("reversible", "backprop"):
+        plan = plan_memory(text(), 2, 32, gradient=mode, explain=True)
+        table = printed.split(f"{mode}: the peak of {show_bytes(plan.peak)} is in {plan.phase}, at {plan.operation}.\n\n")[1].splitlines()
+        first, last = (" ".join(table[number].split()) for number in (2, 1 + len(plan.at_peak)))
+        assert first.startswith(f"{plan.at_peak[0].what} {show_bytes(plan.at_peak[0].bytes)} {plan.at_peak[0].bytes / plan.peak:.1%}")
+        assert last.startswith(f"others {show_bytes(plan.at_peak[-1].bytes)}")
 
     for wrong, error in ((["--length", "-3"], "length must be a whole number >= 1, got -3"), (["--budget", "much"], "much")):
         with pytest.raises(SystemExit):

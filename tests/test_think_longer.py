@@ -52,6 +52,7 @@ def test_every_problem_from_training_to_pictures(think, tmp_path, problem, sizes
     results = think.main(flags(**settings, path_noise=0.01, residual_weight=1.0, output_dir=tmp_path))
     assert results["greatest_drift"] == 0.0
     assert results["updates"] == 3
+    assert results["test_damping"] == (0.5 if problem == "mazes" else 0.0)
     assert [(row["size"], row["steps"]) for row in results["curve"]] == [(size, steps) for size in sizes for steps in (2, 6)]
     kinds = ["", ", contradicting"] if problem == "sudoku" else [""]
     assert [row["size"] for row in results["adaptive"]] == [f"{size}{kind}" for size in sizes for kind in kinds]
@@ -72,6 +73,9 @@ def test_every_problem_from_training_to_pictures(think, tmp_path, problem, sizes
     with pytest.raises(FileExistsError, match="holds the results of another run; choose another --output_dir"):
         think.main(flags(**again, output_dir=tmp_path))
     assert (tmp_path / "results.json").read_text() == before
+    other = think.main(flags(**again, test_damping=0.25, output_dir=tmp_path / "damped"))
+    assert other["test_damping"] == 0.25
+    assert [row["residual"] for row in other["curve"]] != [row["residual"] for row in results["curve"]]
     tested = think.main(flags(**again, output_dir=tmp_path / "tests"))
     assert [row["residual"] for row in tested["curve"]] == [row["residual"] for row in results["curve"]]
     assert tested["adaptive"][0]["residuals"] == results["adaptive"][0]["residuals"]
