@@ -578,16 +578,26 @@ class _Reversible(torch.autograd.Function):
         y, z = _unpack(ctx.packings, exact, solve)
         argument_sums: list[torch.Tensor | None] = [None] * sum(argument_needed)
         parameter_sums = _Sums(len(parameters))
+        number, segment = 2 * solve.taken, solve.resolution.segment  # of evaluations still to be undone, of steps
         kept, ctx.kept = ctx.kept, []  # a second backward pass over the same graph recomputes them
 
-        def evaluate_and_pull(states: list[ExactState], phase: "int | torch.Tensor", weights: State, carried: State) -> tuple[State, State]:
-            """f at a state, and `carried + J^T weights`; the products for arguments and parameters are added to their sums.
+        def half_step(
+            moved: list[ExactState],
+            still: list[ExactState],
+            phase: "int | torch.Tensor",
+            active: torch.Tensor | None,
+            weights: State,
+            carried: State,
+        ) -> State:
+            """Undoes a half step, in which f at the state that stayed still moved the other one. Returns `carried + J^T weights` of the one that stayed;
+            the products for arguments and parameters are added to their sums.
 
             What is carried over goes through the graph as the gradient of an alias, made after f: so autograd adds it to the contributions of f
             one by one in the order in which stored backpropagation would, and the sums agree to the last bit.
             """
-            nonlocal argument_sums
-            evaluation = kept.pop() if kept else evaluate_with_graph(evaluator, solve.values(states, phase), leaves)
+            nonlocal argument_sums, number
+            number -= 1
+            evaluation = kept.pop() if kept else evaluate_with_graph(evaluator, solve.values(still, phase), leaves)
             ctx.certificate.refuse_hidden_inputs(evaluation, ctx.parameters)
             inputs = [leaf for leaf, need in zip(evaluation.leaves, argument_needed, strict=True) if need]
             outputs, seeds = [], []
@@ -601,33 +611,33 @@ class _Reversible(torch.autograd.Function):
                     outputs.append(part)
                     seeds.append(weight)
             found = torch.autograd.grad(outputs, [*evaluation.state, *inputs, *parameters], seeds, allow_unused=True)
-            end = len(states) + len(inputs)
-            argument_sums = list(found[len(states) : end])
+            end = len(still) + len(inputs)
+            argument_sums = list(found[len(still) : end])
             parameter_sums.add(found[end:])
-            return tuple(part.detach() for part in evaluation.f), found[: len(states)]
+            f = solve.perturbed(tuple(part.detach() for part in evaluation.f), number)
+            for state, part in zip(moved, f, strict=True):
+                state.retreat(part, number // 2 % segment, active)
+            return found[: len(still)]
 
         shapes = zip(evaluator.shapes, gradients, strict=True)
         gz = tuple(torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) if g is None else g for shape, g in shapes)
         gz = solve.poisoned(gz)
         gy = tuple(torch.zeros_like(g) for g in gz)
         phase = solve.phase
-        segment = solve.resolution.segment
         with evaluator.replay():
             for step in reversed(range(solve.entered)):
                 if step < solve.taken:
                     active = None if solve.steps is None else solve.steps > step
                     before = phase - 1 if active is None else phase - active.long()
                     factors = [solve.coefficients(active, g) for g in gz]
-                    f, gy = evaluate_and_pull(y, phase, tuple(gain * g for (_, gain), g in zip(factors, gz, strict=True)), gy)
-                    for state, part in zip(z, solve.perturbed(f, 2 * step + 1), strict=True):
-                        state.retreat(part, step % segment, active)
-                    kept_z, kept_y = (tuple(keep * g for (keep, _), g in zip(factors, pair, strict=True)) for pair in (gz, gy))
+                    weights = tuple(gain * g for (_, gain), g in zip(factors, gz, strict=True))
+                    gy = half_step(z, y, phase, active, weights, gy)
+                    weights = tuple(gain * g for (_, gain), g in zip(factors, gy, strict=True))
+                    # the names are given up one by one, so that nothing is held through the next evaluation that is not needed any more
+                    gz, gy = (tuple(keep * g for (keep, _), g in zip(factors, pair, strict=True)) for pair in (gz, gy))
                     if step == 0:  # y and z are one tensor here
-                        kept_z = tuple(a + b for a, b in zip(kept_z, kept_y, strict=True))
-                    f, gz = evaluate_and_pull(z, before, tuple(gain * g for (_, gain), g in zip(factors, gy, strict=True)), kept_z)
-                    for state, part in zip(y, solve.perturbed(f, 2 * step), strict=True):
-                        state.retreat(part, step % segment, active)
-                    gy = kept_y
+                        gz = tuple(a + b for a, b in zip(gz, gy, strict=True))
+                    gz = half_step(y, z, before, active, weights, gz)
                     phase = before
                 if step and step % segment == 0:
                     entered = None if solve.steps is None else solve.steps >= step
@@ -644,10 +654,19 @@ class _Reversible(torch.autograd.Function):
 
 
 def _unpack(packings: list[Digits], exact: "Sequence[torch.Tensor]", solve: Solve) -> tuple[list[ExactState], list[ExactState]]:
-    """Independent copies of the pair of states from what was saved."""
-    words, scratch = iter(exact[len(packings) :]), solve.scratch()
-    states = [ExactState(v.clone(), solve.resolution, packing.filled(words), scratch) for v, packing in zip(exact, packings, strict=False)]
+    """The pair of states from what was saved; copies of it, where the graph is kept and may be gone back through again."""
+    words, scratch, copies = iter(exact[len(packings) :]), solve.scratch(), _graph_is_kept()
+    states = [
+        ExactState(v.clone() if copies else v.detach(), solve.resolution, packing.filled(words), scratch)
+        for v, packing in zip(exact, packings, strict=False)
+    ]
     return states[: len(states) // 2], states[len(states) // 2 :]
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that is running was called with retain_graph=True; True where torch does not tell."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return tell is None or tell()
 
 
 def trainable_parameters(block: nn.Module) -> list[nn.Parameter]:

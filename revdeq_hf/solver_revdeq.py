@@ -41,6 +41,9 @@ from functools import cache
 import torch
 
 MAX_DENOMINATOR = 1000
+# elements for which there is room for arithmetic at once: on the CPU as many as its caches hold, elsewhere so many that starting a kernel costs little
+BLOCKS = {"cpu": 2**18}
+BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,16 @@ def divide(number: torch.Tensor, base: int) -> tuple[torch.Tensor, torch.Tensor]
     """Integer quotient, rounded down, and remainder in [0, base)."""
     quotient = torch.div(number, base, rounding_mode="floor")
     return quotient, number - quotient * base
+
+
+def _row_blocks(tensor: torch.Tensor) -> list[slice]:
+    """Slices of the first dimension, of about as many elements as there shall be room for."""
+    block = BLOCKS.get(tensor.device.type, BLOCK)
+    if torch.compiler.is_exporting() or tensor.numel() <= block:
+        return [slice(None)]
+    count = len(tensor)
+    each = max(1, block * count // tensor.numel())
+    return [slice(start, start + each) for start in range(0, count, each)]
 
 
 class Digits:
@@ -359,10 +372,11 @@ class ExactState:
             rows = None if active is None else per_row(active, f)
             compiled(accumulate)(self.integers, f, gain, limit, sign * scales[phase], rows)
             return
-        q = self.increment(f)
-        if active is not None:
-            q.mul_(per_row(active, q))
-        self.integers.add_(q, alpha=sign * self.resolution.scale(phase))
+        for part in _row_blocks(f):
+            q = self.increment(f[part])
+            if active is not None:
+                q.mul_(per_row(active[part], q))
+            self.integers[part].add_(q, alpha=sign * self.resolution.scale(phase))
 
     def keep(self, rows: torch.Tensor, scratch: Scratch) -> None:
         """Drops all rows but those of these indices; for states that are not to be reversed."""
@@ -376,7 +390,7 @@ class ExactState:
         if give > 1 or self.digits.undoable:
             self.digits.push(low, take, active)
         new = whole if give == 1 else whole * give + self.digits.pop(give, active)
-        self.integers = choose(active, new * sign, self.integers)
+        self.integers.copy_(choose(active, new * sign, self.integers))  # in place: what was saved for the backward pass is this very tensor
 
     def undo_spill(self, active: torch.Tensor | None = None) -> None:
         """The inverse of `spill` with the same argument."""
@@ -385,7 +399,7 @@ class ExactState:
         if give != 1:
             whole, digit = divide(whole, give)
             self.digits.undo_pop(digit, active)
-        self.integers = choose(active, whole * take + self.digits.undo_push(active), self.integers)
+        self.integers.copy_(choose(active, whole * take + self.digits.undo_push(active), self.integers))
 
     def _bases(self) -> tuple[int, int, int]:
         start = self.resolution.scale(0)  # negative for beta > 1 and odd K

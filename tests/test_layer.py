@@ -603,3 +603,37 @@ def test_what_does_not_fit_into_memory_comes_with_advice(gradient):
         RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory[^\n]*\n.* 2097152 examples, each .* 8,388,608 bytes.*smaller batch"
     ):
         ReversibleFixedPoint(Block(), gradient=gradient)(x)
+
+
+def test_states_are_copied_for_the_backward_pass_only_where_the_graph_is_kept():
+    block, x = make_block("convolution")
+    layer = ReversibleFixedPoint(block, beta=0.8, max_steps=30, drift_policy="raise")
+    peaks, gradients = [], []
+    for keep in (True, False):
+        with LiveBytes() as memory:
+            z = layer(x).z
+            gradients.append(torch.autograd.grad(z.square().sum(), x, retain_graph=keep)[0])
+        peaks.append(memory.peak)
+        if keep:
+            (again,) = torch.autograd.grad(z.square().sum(), x)
+            assert torch.equal(again, gradients[0])
+        assert layer.drift == 0
+    assert torch.equal(*gradients)
+    assert peaks[0] - peaks[1] >= 2 * 8 * x.numel()
+
+
+@pytest.mark.parametrize("kind", ["attention", "convolution", "tuple"])
+@pytest.mark.parametrize("settings", [dict(max_steps=20), dict(max_steps=20, tol=0.3)], ids=str)
+def test_arithmetic_in_blocks_of_rows_gives_the_same_bits(kind, settings, monkeypatch):
+    found = []
+    for elements in (2**18, 50):
+        monkeypatch.setattr("revdeq_hf.solver_revdeq.BLOCKS", {"cpu": elements})
+        block, x = make_block(kind)
+        layer = ReversibleFixedPoint(block, beta=0.8, drift_policy="raise", **settings)
+        z = layer(x).z
+        parts = z if isinstance(z, tuple) else (z,)
+        sum(part.square().sum() for part in parts).backward()
+        assert layer.drift == 0
+        found.append([*parts, *(parameter.grad for parameter in block.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
