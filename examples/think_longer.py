@@ -259,8 +259,9 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
     layers = [layer for _, layer in fixed_point_layers(model)]
     equilibrium = bool(layers)
     damping = problem.test_damping if data.test_damping is None else data.test_damping
-    for layer in layers if damping is not None else []:
-        layer.damping = damping
+    if damping is not None:
+        for layer in layers:
+            layer.damping = damping
     steps_tested = data.test_steps or problem.test_steps
 
     def settle(rows: Dataset, size: int, kind: str = "") -> Figures:

@@ -140,6 +140,7 @@ def _sum_and_gradients(
                 grad_weight.addmm_(grad.T, rows)
             else:
                 grad_weight += torch.mm(grad.T, rows)
+        del logits, grad  # or they would be there while the next ones are made
     return total, (grad_hidden, grad_weight)
 
 
