@@ -655,11 +655,9 @@ class _Reversible(torch.autograd.Function):
 
 def _unpack(packings: list[Digits], exact: "Sequence[torch.Tensor]", solve: Solve) -> tuple[list[ExactState], list[ExactState]]:
     """The pair of states from what was saved; copies of it, where the graph is kept and may be gone back through again."""
-    words, scratch, copies = iter(exact[len(packings) :]), solve.scratch(), _graph_is_kept()
-    states = [
-        ExactState(v.clone() if copies else v.detach(), solve.resolution, packing.filled(words), scratch)
-        for v, packing in zip(exact, packings, strict=False)
-    ]
+    own = [tensor.clone() if _graph_is_kept() else tensor.detach() for tensor in exact]
+    words, scratch = iter(own[len(packings) :]), solve.scratch()
+    states = [ExactState(v, solve.resolution, packing.filled(words), scratch) for v, packing in zip(own, packings, strict=False)]
     return states[: len(states) // 2], states[len(states) // 2 :]
 
 

@@ -68,7 +68,7 @@ class Resolution:
     @property
     def beta(self) -> float:
         """The relaxation in use, exactly `1 - numerator / denominator`."""
-        return float(1 - Fraction(self.numerator, self.denominator))
+        return (self.denominator - self.numerator) / self.denominator
 
     @property
     def contraction(self) -> float:
@@ -203,7 +203,7 @@ class Digits:
             high = self.words.pop()
             self._bounds.pop()
         rest, low = divide(self.words[-1], part)
-        self.words[-1] = choose(active, rest, self.words[-1])
+        self.words[-1].copy_(choose(active, rest, self.words[-1]))  # in place, see `ExactState.spill`
         self._bounds[-1] = bound
         if not self._history:
             self.words, self._bounds = [], []  # as before the first push
@@ -228,7 +228,7 @@ class Digits:
         """Puts back the digit of the last `pop`."""
         top, bound, part = self._history.pop()
         high, low = divide(digit, part) if top else (digit, digit)
-        self.words[-1] = choose(active, self.words[-1] * part + low, self.words[-1])
+        self.words[-1].copy_(choose(active, self.words[-1] * part + low, self.words[-1]))
         self._bounds[-1] = bound
         if top:
             self.words.append(high)
