@@ -350,11 +350,11 @@ SECTIONS: dict[str, Callable[[Runs], None]] = {
 
 
 def last_run(rows: list[dict[str, str]], section: str) -> list[dict[str, str]]:
-    """The newest rows of a section of each shape and precision, in their order."""
-    newest: dict[tuple[str, str, str], dict[str, str]] = {}
+    """The newest rows of a section of each shape, precision, device and number of threads, in their order."""
+    newest: dict[tuple[str, ...], dict[str, str]] = {}
     for row in rows:
         if row["section"] == section:
-            key = (row["f"], row["shape"], row["way"])
+            key = tuple(row[name] for name in ("f", "shape", "way", "device", "threads"))
             newest.pop(key, None)
             newest[key] = row
     return list(newest.values())
@@ -375,7 +375,9 @@ def tables(rows: list[dict[str, str]]) -> str:
                 f"{row['ratio']} ({row['least']} to {row['greatest']})" if row["ratio"] else f"{row['seconds']} s" if row["seconds"] else ""
             )
             peak = f"{int(row['peak_bytes']) / 1e6:.0f}" if row["peak_bytes"] else ""
-            lines.append(f"| {row['f']} {row['shape']} | {row['way']} | {ratio} | {peak} | {row['drift']} | {row['detail']} |")
+            lines.append(
+                f"| {row['f']} {row['shape']}, {row['threads']} threads | {row['way']} | {ratio} | {peak} | {row['drift']} | {row['detail']} |"
+            )
     return "\n".join(lines[1:])
 
 
@@ -390,7 +392,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     for section in SECTIONS:
         for row in last_run(rows, section):
             if row["ratio"]:
-                groups.setdefault(f"{section}: {row['f']}, {row['shape']}", []).append(row)
+                groups.setdefault(f"{section}: {row['f']}, {row['shape']}, {row['threads']} threads", []).append(row)
     if not groups:
         raise ValueError(f"{RESULTS / 'speed.csv'} has no rows to draw; run the benchmark first")
     heights = [len(group) for group in groups.values()]
