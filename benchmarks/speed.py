@@ -397,7 +397,13 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
         raise ValueError(f"{RESULTS / 'speed.csv'} has no rows to draw; run the benchmark first")
     heights = [len(group) for group in groups.values()]
     figure, panels = pyplot.subplots(
-        len(groups), 1, figsize=(9, 1.2 * len(groups) + 0.3 * sum(heights)), layout="constrained", squeeze=False, height_ratios=heights
+        len(groups),
+        1,
+        figsize=(9, 0.8 * len(groups) + 0.25 * sum(heights)),
+        layout="constrained",
+        squeeze=False,
+        sharex=True,
+        height_ratios=heights,
     )
     for axes, (title, group) in zip(panels[:, 0], groups.items(), strict=True):
         ratios = [float(row["ratio"]) for row in group]
