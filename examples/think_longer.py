@@ -2,7 +2,7 @@
 """Trains an equilibrium network on small problems and tests it on larger ones, with more steps: it thinks longer, and its residual says when it is done.
 
     python examples/think_longer.py                                          # prefix sums: trained on 32 bits, tested on up to 512
-    python examples/think_longer.py --problem mazes --output_dir runs/mazes  # mazes: trained on 9 x 9, tested on up to 59 x 59
+    python examples/think_longer.py --problem mazes --output_dir runs/mazes  # mazes: trained on 9 x 9, tested on 21 x 21
     python examples/think_longer.py --problem sudoku --output_dir runs/sudoku # Sudoku: trained on 36 givens, tested down to 26
     python examples/think_longer.py --network stack --depth 30               # an explicit network of as many evaluations, with weights of their own
     python examples/think_longer.py --network stack --depth 30 --hidden_size 12                         # and one of about as many parameters
@@ -12,6 +12,7 @@ The problems are made by `problems.py`; nothing is downloaded. Every flag of Tra
 being solved. An interrupted run goes on with `--resume_from_checkpoint true`; `--max_steps 0` with `--model_name_or_path FOLDER` tests a trained model.
 """
 
+import argparse
 import json
 import shlex
 import sys
@@ -51,6 +52,7 @@ class Problem:
     channels: int = 1  # of its grids
     kernel: tuple[int, int] = (3, 3)
     test_damping: float | None = None  # None: that of the training
+    flags: dict[str, Any] = field(default_factory=dict)  # whose defaults differ, as docs/think_longer.md has them
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = collate
 
     @property
@@ -61,14 +63,27 @@ class Problem:
 
 PROBLEMS = {
     "prefix_sums": Problem(prefix_sums, 32, [32, 128, 512], [12, 24, 48, 96, 192], 64, kernel=(1, 3)),
-    "mazes": Problem(mazes, 9, [9, 21, 59], [12, 24, 48, 96, 192, 384], 32, channels=3, test_damping=0.5),
-    "sudoku": Problem(sudoku, 36, [40, 32, 26], [8, 16, 32, 64, 128], 64, train_count=1_000, collate=collate_sudoku),
+    "mazes": Problem(
+        *(mazes, 9, [9, 21], [12, 24, 48, 96, 192, 384], 32),
+        channels=3,
+        test_damping=0.5,
+        flags=dict(hidden_size=32, learning_rate=3e-3, train_steps=[6, 18], max_steps=1000),
+    ),
+    "sudoku": Problem(
+        *(sudoku, 36, [40, 32, 26], [8, 16, 32, 64, 128], 32),
+        train_count=1_000,
+        collate=collate_sudoku,
+        flags=dict(hidden_size=96, learning_rate=2e-3, train_steps=[4, 12], max_steps=4000),
+    ),
 }
 
 
 @dataclass
 class ProblemArguments:
-    problem: str = field(default="prefix_sums", metadata={"help": f"One of {', '.join(PROBLEMS)}."})
+    problem: str = field(
+        default="prefix_sums",
+        metadata={"help": f"One of {', '.join(PROBLEMS)}; defaults below that depend on it are those of prefix sums."},
+    )
     train_size: int | None = field(
         default=None, metadata={"help": "Bits, cells of a side, or givens of the problems to train on. Default: the problem's."}
     )
@@ -125,7 +140,7 @@ class NetworkArguments:
 class ThinkingArguments(TrainingArguments):
     output_dir: str = field(default="runs/think_longer", metadata={"help": "Where the model and the results are written."})
     max_steps: int = field(default=2500, metadata={"help": "Updates."})
-    per_device_train_batch_size: int = field(default=0, metadata={"help": "Problems in an update. Default: 64, of mazes 32."})
+    per_device_train_batch_size: int = field(default=0, metadata={"help": "Problems in an update. Default: 64, of mazes and Sudoku 32."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=100, metadata={"help": "Updates over which it rises; or their share, if below 1."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How it falls."})
@@ -365,6 +380,10 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = HfArgumentParser(
         (NetworkArguments, ProblemArguments, ThinkingArguments), description=__doc__.split("\n\n")[0] if __doc__ else None
     )
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--problem", default="prefix_sums")
+    chosen = PROBLEMS.get(first.parse_known_args(arguments)[0].problem)
+    parser.set_defaults(**(chosen.flags if chosen else {}))
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
     record = run_record(
         f"python examples/think_longer.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip(), training.device

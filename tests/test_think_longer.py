@@ -81,6 +81,12 @@ def test_every_problem_from_training_to_pictures(think, tmp_path, problem, sizes
     assert tested["adaptive"][0]["residuals"] == results["adaptive"][0]["residuals"]
 
 
+def test_a_flag_that_is_not_given_is_that_of_the_problem_s_best_run(think, tmp_path):
+    words = flags(problem="mazes", train_size=5, test_sizes=[5], output_dir=tmp_path)
+    at = words.index("--hidden_size")
+    assert think.main(words[:at] + words[at + 2 :])["parameters"] == 19_586  # as docs/think_longer.md says
+
+
 @pytest.mark.parametrize("problem", ["prefix_sums", "mazes", "sudoku"])
 def test_explicit_stacks(think, tmp_path, problem):
     size = 60 if problem == "sudoku" else 9
