@@ -13,7 +13,7 @@ those of the tensors made in a step, parameters and inputs not counted. Competit
   without `torch.utils.checkpoint`; the published reversal in floating point; torchdeq; and JAX, whose reversal keeps float64 states as the authors' does.
 - language: an update (AdamW) of the language model, and of transformers' Llama with 2N layers (as many evaluations) or 1 (as many parameters).
 - decode: a token with a cache of 64, and of the same Llamas.
-- stop: examples that need 2 to 40 steps, solved with `tol` and with 40 steps for all.
+- stop: examples that need different numbers of steps, solved with `tol` and with 40 steps for all.
 - compile: the step with the block compiled by torch.compile, and its first step's seconds.
 - import: seconds of `import revdeq_hf` in a fresh process beyond transformers' own file of a model.
 """

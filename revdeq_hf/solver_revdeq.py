@@ -271,7 +271,7 @@ def compiled(function: Callable) -> Callable:
 
 class Scratch:
     """What is made once in a solve and used at every half step: fresh memory costs as much as the arithmetic done in it, and a table that is copied
-    to an accelerator makes the host wait.
+    to an accelerator takes a call of its own.
 
     Args:
         fused: whether a half step's arithmetic is compiled to one kernel (`accumulate`, `read`) instead of operations in these tensors; the bits are the same.
@@ -285,7 +285,7 @@ class Scratch:
 
     def _table(self, name: str, numbers: Callable[[], list], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         if name not in self._tables:
-            self._tables[name] = torch.tensor(numbers(), dtype=dtype, device=device)
+            self._tables[name] = torch.tensor(numbers(), dtype=dtype).to(device, non_blocking=True)  # the host need not wait for it
         return self._tables[name]
 
     def spacings(self, resolution: Resolution, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
