@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from common import RESULTS, interleaved, keep, kept, median, transformer_block
-from gradients import FloatReversal
+from gradients import FloatReversal, float_iteration
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -83,15 +83,6 @@ def peak_of(way: Callable[[], Any]) -> int:
 # --- the block alone ---
 
 
-def written_out(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, beta: float, steps: int) -> torch.Tensor:
-    """The iteration as one would write it without this package."""
-    y = z = torch.zeros_like(x)
-    for _ in range(steps):
-        y = (1 - beta) * y + beta * call(z)
-        z = (1 - beta) * z + beta * call(y)
-    return z
-
-
 def step(runs: Runs) -> None:
     options = runs.options
     batch, length, width, beta = options.batch, options.length, options.width, options.beta
@@ -108,7 +99,10 @@ def step(runs: Runs) -> None:
             layers[name] = ReversibleFixedPoint(block, beta=beta, max_steps=steps, drift_policy="ignore", **settings)
         return layers[name](x, position_embeddings=rotary).z
 
-    def checkpointed(z: torch.Tensor) -> torch.Tensor:
+    def written_out(call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], steps: int) -> torch.Tensor:
+        return float_iteration(call, x, beta, steps, x.dtype)[1]
+
+    def checkpointed(z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         value = checkpoint(call, z, x, use_reentrant=False)
         assert isinstance(value, torch.Tensor)
         return value
@@ -132,8 +126,8 @@ def step(runs: Runs) -> None:
                 ours, f"reversible, keep_evaluations={steps} {steps}", steps, keep_evaluations=steps
             ),
             "checkpoint": partial(ours, f"checkpoint {steps}", steps, gradient="checkpoint"),
-            "written out, autograd": partial(written_out, lambda z: call(z, x), x, beta, steps),
-            "written out, torch.utils.checkpoint": partial(written_out, checkpointed, x, beta, steps),
+            "written out, autograd": partial(written_out, call, steps),
+            "written out, torch.utils.checkpoint": partial(written_out, checkpointed, steps),
             "published reversal, float64 states": partial(FloatReversal.apply, floating, x, beta, steps, torch.float64, *parameters),
         }
         if installed("torchdeq", "torchdeq"):

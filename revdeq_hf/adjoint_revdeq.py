@@ -578,10 +578,11 @@ class _Reversible(torch.autograd.Function):
         y, z = _unpack(ctx.packings, exact, solve)
         argument_sums: list[torch.Tensor | None] = [None] * sum(argument_needed)
         parameter_sums = _Sums(len(parameters))
-        number, segment = 2 * solve.taken, solve.resolution.segment  # of evaluations still to be undone, of steps
+        segment = solve.resolution.segment
         kept, ctx.kept = ctx.kept, []  # a second backward pass over the same graph recomputes them
 
         def half_step(
+            number: int,
             moved: list[ExactState],
             still: list[ExactState],
             phase: "int | torch.Tensor",
@@ -589,14 +590,13 @@ class _Reversible(torch.autograd.Function):
             weights: State,
             carried: State,
         ) -> State:
-            """Undoes a half step, in which f at the state that stayed still moved the other one. Returns `carried + J^T weights` of the one that stayed;
-            the products for arguments and parameters are added to their sums.
+            """Undoes the half step of this evaluation, in which f at the state that stayed still moved the other one. Returns `carried + J^T weights` of the
+            one that stayed; the products for arguments and parameters are added to their sums.
 
             What is carried over goes through the graph as the gradient of an alias, made after f: so autograd adds it to the contributions of f
             one by one in the order in which stored backpropagation would, and the sums agree to the last bit.
             """
-            nonlocal argument_sums, number
-            number -= 1
+            nonlocal argument_sums
             evaluation = kept.pop() if kept else evaluate_with_graph(evaluator, solve.values(still, phase), leaves)
             ctx.certificate.refuse_hidden_inputs(evaluation, ctx.parameters)
             inputs = [leaf for leaf, need in zip(evaluation.leaves, argument_needed, strict=True) if need]
@@ -631,13 +631,13 @@ class _Reversible(torch.autograd.Function):
                     before = phase - 1 if active is None else phase - active.long()
                     factors = [solve.coefficients(active, g) for g in gz]
                     weights = tuple(gain * g for (_, gain), g in zip(factors, gz, strict=True))
-                    gy = half_step(z, y, phase, active, weights, gy)
+                    gy = half_step(2 * step + 1, z, y, phase, active, weights, gy)
                     weights = tuple(gain * g for (_, gain), g in zip(factors, gy, strict=True))
                     # the names are given up one by one, so that nothing is held through the next evaluation that is not needed any more
                     gz, gy = (tuple(keep * g for (keep, _), g in zip(factors, pair, strict=True)) for pair in (gz, gy))
                     if step == 0:  # y and z are one tensor here
                         gz = tuple(a + b for a, b in zip(gz, gy, strict=True))
-                    gz = half_step(y, z, before, active, weights, gz)
+                    gz = half_step(2 * step, y, z, before, active, weights, gz)
                     phase = before
                 if step and step % segment == 0:
                     entered = None if solve.steps is None else solve.steps >= step
