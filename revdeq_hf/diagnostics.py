@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .adjoint_revdeq import Evaluator, State, evaluate_with_graph, generator_states, set_buffers, set_generator_states
+from .evaluator_revdeq import Evaluator, State, evaluate_with_graph, generator_states, set_buffers, set_generator_states
 from .layer_revdeq import ReversibleFixedPoint, fixed_point_layers
 from .solver_revdeq import rows
 

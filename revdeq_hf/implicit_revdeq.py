@@ -16,16 +16,13 @@ import torch
 
 from .adjoint_revdeq import (
     RESIDUAL_FLOOR,
-    Evaluator,
-    State,
-    as_leaves,
-    evaluate_with_graph,
     refuse_double_backward,
     refuse_other_parameters,
     stored_evaluation,
     trainable_parameters,
     with_value,
 )
+from .evaluator_revdeq import Evaluator, State, as_leaves, evaluate_with_graph
 from .fixed_point_solvers_revdeq import FloatSolve, find_fixed_point
 from .solver_revdeq import per_row, rows
 

@@ -13,16 +13,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .adjoint_revdeq import (
-    Evaluation,
-    Evaluator,
     Solve,
-    State,
     foreign_leaf,
     solve_plain,
     solve_reversible,
     solve_stored,
     trainable_parameters,
 )
+from .evaluator_revdeq import Evaluation, Evaluator, State
 from .fixed_point_solvers_revdeq import DIFFERENTIABLE_SOLVERS, FLOAT_SOLVERS
 from .implicit_revdeq import Approximation, attach_implicit, attach_phantom, solve_float, unflatten
 from .solver_revdeq import per_row, rational_beta

@@ -122,7 +122,19 @@ def code_files(folder: Path) -> set[str]:
 
 
 def test_folder_holds_the_package_s_code_and_only_what_is_needed(bundles):
-    shared = {"adjoint", "block", "configuration", "fixed_point_solvers", "hub", "implicit", "layer", "license", "solver", "steps"}
+    shared = {
+        "adjoint",
+        "block",
+        "configuration",
+        "evaluator",
+        "fixed_point_solvers",
+        "hub",
+        "implicit",
+        "layer",
+        "license",
+        "solver",
+        "steps",
+    }
     for name in CLASSES:
         vision = is_vision(name)
         own = {"modeling_revdeq_vision.py"} if vision else {f"{stem}_revdeq.py" for stem in ("cache", "generation", "loss", "modeling")}

@@ -1,0 +1,230 @@
+# Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
+"""Calls of the block that give the same bits whenever they are repeated, with or without a graph."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+State = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for the tensor of this number in a call's arguments."""
+
+    index: int
+
+
+def _take_tensors(tree: Any, found: list[torch.Tensor]) -> Any:
+    """`tree` with every tensor in plain tuples, lists and dicts replaced by a `_Slot`; the tensors are appended to `found`."""
+    if isinstance(tree, torch.Tensor):
+        found.append(tree)
+        return _Slot(len(found) - 1)
+    if type(tree) in (tuple, list):
+        return type(tree)(_take_tensors(item, found) for item in tree)
+    if type(tree) is dict:
+        return {key: _take_tensors(item, found) for key, item in tree.items()}
+    return tree
+
+
+def _put_tensors(tree: Any, tensors: "list[torch.Tensor]") -> Any:
+    """The inverse of `_take_tensors`."""
+    if isinstance(tree, _Slot):
+        return tensors[tree.index]
+    if type(tree) in (tuple, list):
+        return type(tree)(_put_tensors(item, tensors) for item in tree)
+    if type(tree) is dict:
+        return {key: _put_tensors(item, tensors) for key, item in tree.items()}
+    return tree
+
+
+def generator_states(device: torch.device) -> list[torch.Tensor]:
+    """The states of torch's default generators, of the CPU and of an accelerator."""
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def set_generator_states(states: list[torch.Tensor], device: torch.device) -> None:
+    """Puts back what `generator_states` returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.get_device_module(device).set_rng_state(states[1], device)
+
+
+@torch.no_grad()
+def set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
+    """Copies the second tensor of each pair into the first."""
+    for buffer, value in values:
+        buffer.copy_(value)
+
+
+def memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """channels_last where a tensor on an accelerator is laid out so (and not contiguous as well): the states of a solve keep to it.
+
+    Not on the CPU: there torch 2.13's GroupNorm, given channels_last values that need no gradient, crashes the process in its backward pass.
+    """
+    if tensor.device.type == "cpu":
+        return torch.contiguous_format
+    for dims, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if tensor.dim() == dims and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form):
+            return form
+    return torch.contiguous_format
+
+
+class Evaluator:
+    """Calls the block so that the same state gives the same bits, at any later time.
+
+    It restores what a recomputation would otherwise lose: the autocast state of the forward pass, the random numbers, and the buffers that modules in
+    training mode change (spectral norm's vectors). All evaluations of a solve draw the same random numbers (one dropout mask per
+    solve) and begin with the same buffers, so that `f` is one map, with a fixed point, during the solve; for the caller, a solve moves generators and
+    buffers on as one call of the block does. What the block draws and changes is seen at its first evaluation.
+
+    Args:
+        block: called as `block(z, x, *context, **kwargs)`.
+        arguments: `(x, context, kwargs)`; tensors in them, also inside plain tuples, lists and dicts, are taken out into `tensors`.
+        is_tuple: whether states are handed to the block as a tuple.
+        state: tensors of the shapes, dtype and device that the block must return.
+        damping: share of the state in each value: `damping z + (1 - damping) f(z)`, which has the block's fixed points.
+    """
+
+    def __init__(self, block: nn.Module, arguments: tuple, is_tuple: bool, state: State, damping: float = 0.0) -> None:
+        self.block = block
+        self.damping = damping
+        self.tensors: list[torch.Tensor] = []
+        self.template = _take_tensors(arguments, self.tensors)
+        self.is_tuple = is_tuple
+        self.shapes = tuple(s.shape for s in state)
+        self.formats = [memory_format(s) for s in state]
+        self.dtype = state[0].dtype
+        self.device = state[0].device
+        self.random = False
+        self._changed: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that an evaluation changes, with their values before it
+        self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
+        self._generators: list[torch.Tensor] | None = None
+        kinds = {self.device.type, "cpu"} - {"meta"}
+        self.autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
+
+    @property
+    def rows_are_apart(self) -> bool:
+        """Whether rows can be taken out of every tensor that the block is given: x alone, which has them in its first dimension."""
+        _, context, kwargs = self.template
+        batch = self.shapes[0][:1]
+        return not context and not kwargs and all(t.shape[:1] == batch for t in self.tensors)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all rows but those of these indices."""
+        self.tensors = [t[rows] for t in self.tensors]
+        self.shapes = tuple(torch.Size((len(rows), *shape[1:])) for shape in self.shapes)
+
+    def __call__(self, state: State, tensors: list[torch.Tensor]) -> State:
+        """`f(state)` in the dtypes of the state; `tensors` take the places of the call's own."""
+        x, context, kwargs = _put_tensors(self.template, tensors)
+        z = state if self.is_tuple else state[0]
+        if torch.compiler.is_exporting():  # a trace has no generators, and buffers of its own
+            return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
+        if self._generators is not None:
+            if self.random:
+                set_generator_states(self._generators, self.device)
+            set_buffers(self._changed)
+            return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
+        self._generators = generator_states(self.device)
+        buffers = [b for m in self.block.modules() if m.training for b in m._buffers.values() if b is not None and not b.is_inference()]
+        self._changed = [(buffer, buffer.clone()) for buffer in buffers]
+        inputs = [t for t in (*state, *tensors) if not t.is_inference()]
+        versions = [t._version for t in (*buffers, *inputs)]
+        out = self.block(z, x, *context, **kwargs)
+        moved = [t._version != version for t, version in zip((*buffers, *inputs), versions, strict=True)]
+        self._changed = [pair for pair, change in zip(self._changed, moved, strict=False) if change]
+        self.random = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
+        if any(moved[len(buffers) :]):
+            raise ValueError(
+                "the block changes one of its inputs in place, so a second evaluation would meet another map; "
+                "use out-of-place operations on z, x and the context (z + x, not z.add_(x))"
+            )
+        return self._damped(state, self._checked(out))
+
+    def _damped(self, state: State, values: State) -> State:
+        if not self.damping:
+            return values
+        return tuple(torch.lerp(f, z, self.damping) for f, z in zip(values, state, strict=True))
+
+    def _checked(self, out: Any) -> State:
+        values = out if isinstance(out, tuple) else (out,)
+        if isinstance(out, tuple) != self.is_tuple or not all(isinstance(v, torch.Tensor) for v in values):
+            expected = f"a tuple of {len(self.shapes)} tensors" if self.is_tuple else "one tensor, as the state is one"
+            raise TypeError(f"the block must return {expected}, got {type(out).__name__}; the state takes its form from x (or z0)")
+        got, expected_shapes = [tuple(v.shape) for v in values], [tuple(s) for s in self.shapes]
+        if got != expected_shapes:
+            raise ValueError(
+                f"the block must return the shape of its state, got {got}, expected {expected_shapes}; "
+                "x fixes the shape of the state unless z0 is given: pass z0, or project x to the state's shape first"
+            )
+        for value in values:
+            if not value.is_floating_point() or (value.dtype != self.dtype and not self.autocast):
+                raise TypeError(
+                    f"the block must return the dtype of its state, got {value.dtype}, expected {self.dtype}; "
+                    "convert x to the block's dtype, or run under torch.autocast for mixed precision"
+                )
+        return tuple(value.to(self.dtype) for value in values)
+
+    @contextlib.contextmanager
+    def precision(self) -> Iterator[None]:
+        """The forward pass's autocast, without its cache of cast weights: the cache would hand weights cast without a graph to an evaluation
+        that needs one, and makes autograd add up the gradients of all evaluations in half precision."""
+        with contextlib.ExitStack() as stack:
+            for kind, dtype in self.autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+            yield
+
+    def replay(self) -> "_Replay":
+        """A context around recomputation, which leaves the user's generators and the block's buffers as they are; may be entered again."""
+        return _Replay(self)
+
+    def rewind(self) -> None:
+        """Puts generators and buffers back to where they were before the solve, which has failed."""
+        if self._generators is not None:
+            set_generator_states(self._generators, self.device)
+            set_buffers(self._changed)
+
+
+class _Replay:
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self.kept: list[tuple[list[torch.Tensor] | None, list[tuple[torch.Tensor, torch.Tensor]]]] = []
+
+    def __enter__(self) -> None:
+        generators = generator_states(self.evaluator.device) if self.evaluator.random else None
+        self.kept.append((generators, [(buffer, buffer.clone()) for buffer, _ in self.evaluator._changed]))
+
+    def __exit__(self, *error: Any) -> None:
+        generators, buffers = self.kept.pop()
+        if generators is not None:
+            set_generator_states(generators, self.evaluator.device)
+        set_buffers(buffers)
+
+
+@dataclass
+class Evaluation:
+    """An evaluation with its graph: the leaves that stand for the state and the arguments, and `f` of them."""
+
+    state: State
+    leaves: list[torch.Tensor]
+    f: State
+
+
+def evaluate_with_graph(evaluator: Evaluator, state: State, leaves: list[torch.Tensor]) -> Evaluation:
+    """The autocast covers the evaluation only: derivatives are computed outside it, as they are everywhere else."""
+    with torch.enable_grad(), evaluator.precision():
+        state = tuple(part.detach().requires_grad_() for part in state)
+        return Evaluation(state, leaves, evaluator(state, leaves))
+
+
+def as_leaves(tensors: Iterable[torch.Tensor], needed: Iterable[bool]) -> list[torch.Tensor]:
+    """Tensors that share memory with `tensors` and begin a graph of their own, requiring grad where it is needed."""
+    return [t.detach().requires_grad_() if need else t.detach() for t, need in zip(tensors, needed, strict=True)]
