@@ -89,9 +89,9 @@ class FloatSolve(nn.Module):
 
         if self.stored:
             _, z = float_iteration(call, x, self.beta, max_steps, self.wide)
-            return argparse.Namespace(z=z.to(x.dtype), steps=None, residual=None)
+            return argparse.Namespace(z=z.to(x.dtype), steps=None, residual=None, step_residuals=None)
         z = FloatReversal.apply(call, x, self.beta, max_steps, self.wide, *self.block.parameters())
-        return argparse.Namespace(z=z, steps=None, residual=None)
+        return argparse.Namespace(z=z, steps=None, residual=None, step_residuals=None)
 
 
 def text_batch(vocabulary: int, batch: int, length: int) -> torch.Tensor:

@@ -3,11 +3,10 @@
 A number belongs to weights, data and a protocol, so the file holds all of them: sha256 of the weights and of the data, the protocol, versions, device, command
 and date. `revdeq_hf.model_card` takes its numbers from there.
 
-The quality curve: the same data at half, once, twice and four times the model's own steps. The residual curve: mean residual at the start of each step of one
-batch. The drift: of one backward pass of up to four examples.
+The quality curve: the same data at half, once, twice and four times the model's own steps, or at `--curve_steps`. The residual curve: mean residual at the
+start of each step of one batch. The drift: of one backward pass of up to four examples.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, HfArgumentParser
 
 from revdeq_hf.model_card import CURVE, EVALUATION, SOLVER_FIELDS, file_hash, weight_hashes
-from revdeq_hf.training import fixed_point_layers, print_table, residual_curve, run_record, text_scores, text_size
+from revdeq_hf.training import fixed_point_layers, print_table, residual_curve, run_record, text_hash, text_scores, text_size
 
 USAGE = "usage: python examples/evaluate.py MODEL [--help] [flags]     (MODEL: the folder of a saved model, or its name on the Hub)"
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
@@ -49,12 +48,15 @@ class EvaluationArguments:
         default=None,
         metadata={"help": "At most so many windows or images, evenly spaced, for the curve of steps against quality; default: all."},
     )
+    curve_steps: list[int] | None = field(
+        default=None, metadata={"help": "Steps of that curve; default: half, once, twice and four times the model's own."}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the results; default: the model's own."})
 
     def __post_init__(self) -> None:
-        for name in ("solver_steps", "batch_size", "curve_examples"):
+        for name in ("solver_steps", "batch_size", "curve_examples", "curve_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and min(value if isinstance(value, list) else [value]) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
@@ -131,7 +133,7 @@ def main(arguments: list[str] | None = None) -> dict:
     curve, residuals = [], {}
     if fixed_point_layers(model):
         every = math.ceil(measured.count / (options.curve_examples or measured.count))
-        for steps in ladder(own):
+        for steps in options.curve_steps or ladder(own):
             point = figures if steps == own and every == 1 else measured.score(steps, every)
             quality = {key: point["results"][key] for key in ("accuracy", "perplexity", "loss") if key in point["results"]}
             curve.append({"max_steps": steps, **finite({**quality, "residual": point["solve"]["residual"]})})
@@ -299,7 +301,7 @@ def text(model: Any, folder: Path, options: TextArguments, data: Any) -> Measure
         **described(data, f"{options.split} split", source),
         "split": options.split,
         "examples": len(rows),
-        "data_sha256": hashlib.sha256("\0".join(text or "" for text in texts).encode("utf-8")).hexdigest(),
+        "data_sha256": text_hash(texts),
         "tokens": len(ids) - 1,
         **sizes,
         "documents_end_with_a_token": separate,
@@ -338,7 +340,7 @@ def image_arguments(flags: list[str]) -> tuple[Any, Any]:
 
 def images(model: Any, folder: Path, options: EvaluationArguments, data: Any) -> Measured:
     """Accuracy, loss and calibration of a classifier."""
-    from image_data import ImageCollator, Pixels, decode, load_images, load_splits
+    from image_data import HELD_OUT, ImageCollator, Pixels, decode, images_hash, load_images, load_splits
     from image_report import scores
     from train_image import ModelArguments, build_processor
 
@@ -350,7 +352,7 @@ def images(model: Any, folder: Path, options: EvaluationArguments, data: Any) ->
     processor, mode = build_processor(ModelArguments(model_name_or_path=str(folder)), data, [])
     pixels = Pixels(processor, (processor.size["height"], processor.size["width"], model.config.num_channels))
     rows, skipped = decode(rows, processor, mode, True, data.bad_images, "evaluation")
-    collate, content = ImageCollator(pixels), hashlib.sha256()
+    collate = ImageCollator(pixels)
 
     def batches(every: int) -> Iterator[dict[str, torch.Tensor]]:
         chosen = range(0, len(rows), every)
@@ -375,15 +377,13 @@ def images(model: Any, folder: Path, options: EvaluationArguments, data: Any) ->
         }
         return {"results": results, "details": found, "solve": solver_means(solved)}
 
-    for row in rows:
-        content.update(row["pixels"] + row["label"].to_bytes(4, "big"))
     source = data.validation_file or data.train_file or data.validation_dir or data.train_dir
     protocol = {
         "data": "scikit-learn's digits",
         **described(data, "evaluation images", source),
-        "split": held_out or "a tenth of the training images (seed 0)",
+        "split": "a tenth of the training images (seed 0)" if held_out in (None, HELD_OUT) else held_out,
         "examples": len(rows),
-        "data_sha256": content.hexdigest(),
+        "data_sha256": images_hash(rows),
         "unreadable_images": skipped,
         "classes": len(names),
         "image_size": list(pixels.shape[:2]),

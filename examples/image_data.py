@@ -1,5 +1,6 @@
 """Images and labels for `train_image.py`: what its flags name, decoded once, checked, and made into batches."""
 
+import hashlib
 import struct
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from PIL import Image
 from transformers.utils import logging
 
 KEPT_BYTES = 4 * 2**30
+HELD_OUT = "held_out"
 # what Pillow raises for files that are no images, cut off or damaged
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -32,7 +34,12 @@ class DataArguments:
     validation_file: str | None = field(
         default=None, metadata={"help": "The same for evaluation; default: a tenth of the training images."}
     )
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on; default: test, else validation."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split to evaluate on; default: test, else validation, else held_out: a tenth of the training images, by which to choose settings."
+        },
+    )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; default: the only image column."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels; default: the only class label column."})
     image_size: int | None = field(
@@ -118,9 +125,9 @@ def load_images(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset
     if "train" not in loaded:
         raise ValueError(f"the data set has no split 'train', got {', '.join(loaded)}")
     held_out = data.eval_split or next((name for name in ("test", "validation") if name in loaded), None)
-    if held_out is None:
-        loaded = loaded["train"].train_test_split(test_size=0.1, seed=0)
-        held_out = "test"
+    if held_out in (None, HELD_OUT):
+        halves = loaded["train"].train_test_split(test_size=0.1, seed=0)
+        held_out, loaded = HELD_OUT, {"train": halves["train"], HELD_OUT: halves["test"]}
     if held_out not in loaded:
         raise ValueError(f"--eval_split: the data set has no split {held_out!r}, got {', '.join(loaded)}")
     splits = {"training": loaded["train"], held_out: loaded[held_out]}
@@ -260,6 +267,14 @@ def decode(rows: datasets.Dataset, processor: Any, mode: str, keep: bool, bad_im
         return rows.select(good).with_transform(lambda batch: {**batch, **read(batch)}), len(bad)
     found = found.remove_columns(["problem", "changed"])
     return (found.select(good) if bad else found), len(bad)
+
+
+def images_hash(rows: datasets.Dataset) -> str:
+    """sha256 of decoded images and their labels, by which runs tell that they saw the same data."""
+    content = hashlib.sha256()
+    for row in rows:
+        content.update(row["pixels"] + row["label"].to_bytes(4, "big"))
+    return content.hexdigest()
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -1,13 +1,15 @@
-"""Problems of any size with one right answer, from a seed: prefix sums, mazes and Sudoku, as `datasets`, split into train and test without overlap.
+"""Problems of any size with one right answer, from a seed, as `datasets`, split into train and test without overlap.
 
     prefix_sums(count, bits, seed)     # running parity of a string of bits
+    permutations(count, length, seed)  # running product of permutations of five things
     mazes(count, size, seed)           # the only path between two rooms
     sudoku(count, givens, seed)        # 9 x 9, one solution
 
 Every function takes `split="train"` (default) or `"test"`: a problem belongs to the one or the other by a checksum of what is given, so that no problem is in
-both whatever the seeds and counts. `collate` makes a batch of grids, `collate_sudoku` one of tokens.
+both whatever the seeds and counts. `collate` makes a batch of grids, `collate_words` and `collate_sudoku` of tokens.
 """
 
+import itertools
 import random
 import zlib
 from collections.abc import Callable, Iterator
@@ -67,6 +69,42 @@ def prefix_sums(count: int, bits: int, seed: int, split: str = "train") -> Datas
         return {"given": bytes(string), "pixel_values": [[[2.0 * bit - 1 for bit in string]]], "labels": [parity.tolist()]}
 
     return _dataset(draw, count, seed, split)
+
+
+# --- permutations ---
+
+LETTERS = ((1, 0, 2, 3, 4), (1, 2, 3, 4, 0))  # a swap and a cycle, which together make all 120 permutations of five things
+
+
+@cache
+def products() -> np.ndarray:
+    """(120, letters): the number of the permutation that comes of one of the 120 and a letter after it."""
+    group = list(itertools.permutations(range(5)))
+    number = {permutation: index for index, permutation in enumerate(group)}
+    return np.array([[number[tuple(before[place] for place in letter)] for letter in LETTERS] for before in group])
+
+
+def permutations(count: int, length: int, seed: int, split: str = "train") -> Dataset:
+    """Words of `length` letters, each letter one of two permutations of five things; the label of each place is their product so far, one of 120.
+
+    The word problem of the group S5: since the group is not solvable, no network of fixed depth is believed to solve it at every length (Barrington's theorem;
+    Merrill, Petty and Sabharwal, arXiv 2404.08819). `input_ids` (length), 0 or 1; `labels` (length), 0 to 119. There are 2^length words, of which test
+    and train split all, so `length` is at least 12.
+    """
+    if length < 12:
+        raise ValueError(f"length must be at least 12 (there are only 2^length words), got {length}")
+
+    def draw(numbers: random.Random) -> dict[str, Any]:
+        letters = [numbers.randrange(len(LETTERS)) for _ in range(length)]
+        places = itertools.accumulate(letters, lambda before, letter: int(products()[before, letter]), initial=0)
+        return {"given": bytes(letters), "input_ids": letters, "labels": list(places)[1:]}
+
+    return _dataset(draw, count, seed, split)
+
+
+def collate_words(rows: list[dict[str, Any]]) -> Batch:
+    """A batch for a token classifier: `input_ids` and `labels`, (words, length)."""
+    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
 
 
 # --- mazes ---

@@ -4,6 +4,7 @@
     python examples/think_longer.py                                          # prefix sums: trained on 32 bits, tested on up to 512
     python examples/think_longer.py --problem mazes --output_dir runs/mazes  # mazes: trained on 9 x 9, tested on 21 x 21
     python examples/think_longer.py --problem sudoku --output_dir runs/sudoku # Sudoku: trained on 36 givens, tested down to 26
+    python examples/think_longer.py --problem permutations --output_dir runs/s5 # words of permutations: trained on 16 letters, tested on up to 128
     python examples/think_longer.py --network stack --depth 30               # an explicit network of as many evaluations, with weights of their own
     python examples/think_longer.py --network stack --depth 30 --hidden_size 12                         # and one of about as many parameters
 
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from problems import collate, collate_sudoku, contradicting, guises, mazes, prefix_sums, sudoku
+from problems import collate, collate_sudoku, collate_words, contradicting, guises, mazes, permutations, prefix_sums, sudoku
 from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, LlamaConfig, LlamaForTokenClassification, TrainingArguments, set_seed
@@ -51,14 +52,12 @@ class Problem:
     train_count: int = 20_000
     channels: int = 1  # of its grids
     kernel: tuple[int, int] = (3, 3)
+    tokens: dict[str, Any] | None = (
+        None  # of the configuration, where the parts are tokens, (batch, seq), with logits in the last dimension
+    )
     test_damping: float | None = None  # None: that of the training
     flags: dict[str, Any] = field(default_factory=dict)  # whose defaults differ, as docs/think_longer.md has them
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = collate
-
-    @property
-    def of_tokens(self) -> bool:
-        """Whether its parts are tokens, (batch, seq), with logits in the last dimension; else grids."""
-        return self.make is sudoku
 
 
 PROBLEMS = {
@@ -72,8 +71,16 @@ PROBLEMS = {
     "sudoku": Problem(
         *(sudoku, 36, [40, 32, 26], [8, 16, 32, 64, 128], 32),
         train_count=1_000,
+        tokens=dict(vocab_size=810, num_labels=9, is_causal=False),
         collate=collate_sudoku,
         flags=dict(hidden_size=96, learning_rate=2e-3, train_steps=[4, 12], max_steps=4000),
+    ),
+    "permutations": Problem(
+        *(permutations, 16, [16, 32, 64, 128], [8, 16, 32, 64, 128], 64),
+        train_count=50_000,
+        tokens=dict(vocab_size=2, num_labels=120, use_cache=False),
+        collate=collate_words,
+        flags=dict(hidden_size=64, learning_rate=2e-3, train_steps=[8, 16], max_steps=2000),
     ),
 }
 
@@ -85,9 +92,11 @@ class ProblemArguments:
         metadata={"help": f"One of {', '.join(PROBLEMS)}; defaults below that depend on it are those of prefix sums."},
     )
     train_size: int | None = field(
-        default=None, metadata={"help": "Bits, cells of a side, or givens of the problems to train on. Default: the problem's."}
+        default=None, metadata={"help": "Bits, cells of a side, givens or letters of the problems to train on. Default: the problem's."}
     )
-    train_count: int | None = field(default=None, metadata={"help": "Problems to train on. Default: 20,000, of Sudoku 1,000."})
+    train_count: int | None = field(
+        default=None, metadata={"help": "Problems to train on. Default: 20,000, of Sudoku 1,000, of permutations 50,000."}
+    )
     train_guises: int = field(
         default=100, metadata={"help": "Guises of each Sudoku to train on: digits renamed, rows and columns permuted."}
     )
@@ -175,18 +184,16 @@ class Stack(nn.Module):
 def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
     if options.network not in ("equilibrium", "stack"):
         raise ValueError(f"--network must be equilibrium or stack, got {options.network!r}")
-    layer = dict(
-        hidden_size=options.hidden_size, intermediate_size=2 * options.hidden_size, num_attention_heads=4, vocab_size=810, num_labels=9
-    )
+    layer = dict(hidden_size=options.hidden_size, intermediate_size=2 * options.hidden_size, num_attention_heads=4)
     if options.network == "stack":
         if options.model_name_or_path:
             raise ValueError("--model_name_or_path takes an equilibrium network; a stack is trained from the start")
-        if problem.of_tokens:  # the same layers; the mask lets it see in both directions
-            return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth))
+        if problem.tokens:  # the same layers; a Sudoku's mask lets it see in both directions
+            return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth, **problem.tokens))
         return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
     given: dict[str, Any] = {name: value for name in ("beta", "damping", "num_restarts") if (value := getattr(options, name)) is not None}
     if options.model_name_or_path:
-        model_class = RevDEQForTokenClassification if problem.of_tokens else RevDEQForSemanticSegmentation
+        model_class = RevDEQForTokenClassification if problem.tokens else RevDEQForSemanticSegmentation
         return model_class.from_pretrained(options.model_name_or_path, **given)
     least, most = options.train_steps[0], options.train_steps[-1]
     solve: dict[str, Any] = dict(
@@ -197,8 +204,8 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         path_noise=options.path_noise,
         **{"beta": 0.8, **given},
     )
-    if problem.of_tokens:
-        return RevDEQForTokenClassification(RevDEQConfig(**layer, **solve, is_causal=False))
+    if problem.tokens:
+        return RevDEQForTokenClassification(RevDEQConfig(**layer, **solve, **problem.tokens))
     config = RevDEQVisionConfig.dense_prediction(
         num_channels=problem.channels,
         num_labels=2,
@@ -244,7 +251,10 @@ class ConvergingTrainer(ResumableTrainer):
 def examine(
     model: nn.Module, problem: Problem, rows: Dataset, device: torch.device, steps: int, tol: float | None = None
 ) -> dict[str, np.ndarray]:
-    """For each problem whether every label is right, the share that is, and the residual and steps of its solve; with `tol` each stops by itself."""
+    """For each problem whether every label is right, the share that is, and the residual and steps of its solve; with `tol` each stops by itself.
+
+    Of causal models, whose places stop one by one, the greatest residual and steps of a problem's places, and the steps of each, (problems, places).
+    """
     layers = [layer for _, layer in fixed_point_layers(model)]
     for layer in layers:
         layer.tol = tol
@@ -255,13 +265,16 @@ def examine(
         batch = problem.collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
         labels = batch.pop("labels")
         out: Any = model(**{name: value.to(device) for name, value in batch.items()}, **({"max_steps": steps} if layers else {}))
-        right = (out["logits"].argmax(-1 if problem.of_tokens else 1).cpu() == labels).flatten(1).float()
+        right = (out["logits"].argmax(-1 if problem.tokens else 1).cpu() == labels).flatten(1).float()
         found = {"exact": right.min(1).values, "labels": right.mean(1)}
         if layers:
             statistics = layers[0].statistics
             assert statistics is not None
             assert statistics.residual is not None
-            found |= {"residual": statistics.residual, "steps": statistics.steps.float()}
+            worst, most = (part.view(len(labels), -1).max(1).values for part in (statistics.residual, statistics.steps))
+            found |= {"residual": worst, "steps": most.float()}
+            if statistics.steps.numel() > len(labels):
+                found["steps_by_place"] = statistics.steps.view(len(labels), -1)
         parts.append({name: value.cpu().numpy() for name, value in found.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -283,6 +296,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
         began = time.perf_counter()
         found = examine(model, problem, rows, device, max(steps_tested), data.tol)
         settled, right = found["residual"] <= data.tol, found["exact"] == 1
+        by_place = {"steps_by_place": found["steps_by_place"].mean(0).round(2).tolist()} if "steps_by_place" in found else {}
         return {
             "size": f"{size}{kind}",
             "tol": data.tol,
@@ -298,7 +312,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
             "right": right.astype(int).tolist(),
             "steps_taken": found["steps"].astype(int).tolist(),
             "difficulty": rows["length"][:] if "length" in rows.column_names else [size] * len(rows),
-        }
+        } | by_place
 
     for size in data.test_sizes or problem.test_sizes:
         rows = problem.make(data.test_count, size, data.problem_seed + 1, "test")
@@ -310,7 +324,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
             curve.append({"size": size, "steps": steps, **figures, "seconds": round(time.perf_counter() - began, 2)})
         if equilibrium:
             adaptive.append(settle(rows, size))
-            if problem.of_tokens:
+            if problem.make is sudoku:
                 adaptive.append(settle(contradicting(few, data.problem_seed + 2), size, ", contradicting"))
     return {"curve": curve, "adaptive": adaptive, "test_damping": layers[0].damping if equilibrium else None}
 
@@ -335,13 +349,16 @@ def plot(tests: dict[str, Any], path: Path) -> None:
         spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(right))
         trust.scatter(residuals[right], number + spread[right], s=9, color=f"C{number}", label=f"size {row['size']}, right")
         trust.scatter(residuals[~right], number + spread[~right], s=18, color="black", marker="x")
-        effort.scatter(row["difficulty"], row["steps_taken"], s=9, color=f"C{number}", label=f"size {row['size']}")
+        if "steps_by_place" in row:
+            effort.plot(range(1, len(row["steps_by_place"]) + 1), row["steps_by_place"], color=f"C{number}", label=f"size {row['size']}")
+        else:
+            effort.scatter(row["difficulty"], row["steps_taken"], s=9, color=f"C{number}", label=f"size {row['size']}")
     if tests["adaptive"]:
         trust.axvline(tests["adaptive"][0]["tol"], color="grey", linestyle=":")
         trust.set(xscale="log", xlabel="residual (dotted: tol; crosses: wrong answers)", title="Residual and right answers")
         trust.set(yticks=range(len(tests["adaptive"])), yticklabels=[row["size"] for row in tests["adaptive"]], ylabel="size")
         effort.set(
-            xlabel="cells of the path, bits, or givens",
+            xlabel="place in the word" if "steps_by_place" in tests["adaptive"][0] else "cells of the path, bits, or givens",
             ylabel="steps taken",
             title="Steps until the residual meets tol",
         )
@@ -403,7 +420,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if training.max_steps > 0:
         train_size = data.train_size or problem.train_size
         rows = problem.make(data.train_count or problem.train_count, train_size, data.problem_seed, "train")
-        if problem.of_tokens:
+        if problem.make is sudoku:
             rows = guises(rows, data.train_guises, data.problem_seed)
         settings = dict(model=model, args=training, train_dataset=rows, data_collator=problem.collate)
         trainer: ResumableTrainer = (

@@ -40,7 +40,19 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from image_augmentation import Augmentation, soft_cross_entropy
-from image_data import KEPT_BYTES, DataArguments, ImageCollator, Pixels, converted, decode, is_grey, load_images, readable_images, spread
+from image_data import (
+    KEPT_BYTES,
+    DataArguments,
+    ImageCollator,
+    Pixels,
+    converted,
+    decode,
+    images_hash,
+    is_grey,
+    load_images,
+    readable_images,
+    spread,
+)
 from image_report import plot_evaluation, plot_fixed_point, probabilities, scores
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -522,6 +534,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "parameters": model.num_parameters(),
         "train_images": len(train),
         "eval_images": len(evaluation),
+        "data_sha256": {"train": images_hash(train), "evaluation": images_hash(evaluation)} if keep else None,
         "unreadable_images": skipped + skipped_eval,
         "updates": trainer.state.global_step,
         "loss_before": before.get("eval_loss"),

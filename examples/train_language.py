@@ -60,6 +60,7 @@ from revdeq_hf.training import (
     print_table,
     residual_curve,
     run_record,
+    text_hash,
     text_size,
     unigram_scores,
 )
@@ -85,10 +86,15 @@ class ModelArguments:
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads."})
     num_key_value_heads: int | None = field(default=None, metadata={"help": "Key-value heads; as many as heads by default."})
     num_block_layers: int = field(default=1, metadata={"help": "Transformer layers in one evaluation of the block."})
+    num_prelude_layers: int = field(default=0, metadata={"help": "Ordinary layers before the fixed point."})
+    num_coda_layers: int = field(default=0, metadata={"help": "Ordinary layers after it."})
+    pad_vocab_to_multiple_of: int = field(
+        default=1, metadata={"help": "Round the vocabulary of a new model up to a multiple of this; 64 suits accelerators."}
+    )
     beta: float = field(default=0.8, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1."})
     solver_steps: int = field(default=2, metadata={"help": "Steps of a solve, two evaluations of the block each (config.max_steps)."})
     tol: float | None = field(default=None, metadata={"help": "Relative residual at which an example stops; always all steps by default."})
-    gradient: str = field(default="reversible", metadata={"help": "Gradient mode: reversible, checkpoint or backprop."})
+    gradient: str = field(default="reversible", metadata={"help": "Gradient mode: reversible, checkpoint, backprop, implicit or phantom."})
     steps_sampling: str | None = field(
         default=None,
         metadata={"help": 'Steps drawn for each batch, as JSON: \'{"distribution": "uniform", "min_steps": 2, "max_steps": 8}\'.'},
@@ -413,8 +419,11 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, blo
                 "outside of it; leave out --tokenizer_name to take the model's own"
             )
         return model
+    multiple = options.pad_vocab_to_multiple_of
+    if multiple < 1:
+        raise ValueError(f"--pad_vocab_to_multiple_of must be at least 1, got {multiple}")
     common: dict[str, Any] = dict(
-        vocab_size=len(tokenizer),
+        vocab_size=-(-len(tokenizer) // multiple) * multiple,
         hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size,
         num_attention_heads=options.num_attention_heads,
@@ -431,6 +440,8 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, blo
     config = RevDEQConfig(
         **common,
         num_block_layers=options.num_block_layers,
+        num_prelude_layers=options.num_prelude_layers,
+        num_coda_layers=options.num_coda_layers,
         hidden_act="silu" if options.block_type == "modern" else "gelu_pytorch_tanh",
         block_type=options.block_type,
         beta=options.beta,
@@ -499,6 +510,7 @@ def main(arguments: list[str] | None = None) -> dict:
         training.accelerator_config.dispatch_batches = data.pack
     padding = copy.deepcopy(tokenizer)  # the saved tokenizer gets no padding token by this
     padding.pad_token = padding.pad_token or padding.eos_token
+    hashes = {split: text_hash(rows[split][data.text_column]) for split in SPLITS}  # of a stream its first rows
     sizes = {split: text_size(rows[split][data.text_column]) for split in ("validation", "test")}
     unigram = unigram_scores(ids["train"]["input_ids"], ids["test"]["input_ids"], len(tokenizer), **sizes["test"])
 
@@ -532,6 +544,7 @@ def main(arguments: list[str] | None = None) -> dict:
     drifts = [entry["drift"] for entry in history if "drift" in entry]
     results = {
         "parameters": model.num_parameters(),
+        "data_sha256": hashes,
         "train_tokens": None if stream is not None else sum(map(len, ids["train"]["input_ids"])),
         "updates": trainer.state.global_step,
         "validation_loss_before": before.get("eval_loss"),

@@ -1,5 +1,6 @@
 """What a training script needs around transformers' Trainer: a callback that logs the solver, text scores, counts and tables."""
 
+import hashlib
 import math
 import platform
 import re
@@ -353,6 +354,11 @@ def text_size(texts: Iterable[str]) -> dict[str, int]:
         words += len(text.split()) + text.count("\n")
         size += len(text.encode("utf-8"))
     return {"words": words, "bytes": size}
+
+
+def text_hash(texts: Iterable[str | None]) -> str:
+    """sha256 of the rows of a text, by which runs tell that they saw the same data."""
+    return hashlib.sha256("\0".join(text or "" for text in texts).encode("utf-8")).hexdigest()
 
 
 def unigram_scores(train_ids: Iterable[Sequence[int]], test_ids: Iterable[Sequence[int]], vocab_size: int, words: int, bytes: int) -> dict:

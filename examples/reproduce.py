@@ -1,0 +1,450 @@
+#!/usr/bin/env python
+"""Runs a recipe: the training script with the recipe's settings for every variant and seed, then the evaluation, and keeps a results file of each.
+
+    python examples/reproduce.py --list
+    python examples/reproduce.py lm_wikitext2_small                       # every variant and seed that has no results file yet
+    python examples/reproduce.py lm_wikitext2_small --table               # what has been measured, as Markdown; --plot draws it
+    python examples/reproduce.py image_cifar10_best --scale 0.01 --built_in_data   # a smoke run of minutes on two cores, without a network
+    python examples/reproduce.py image_cifar10_small --train_dir cifar10/train --validation_dir cifar10/test
+
+A recipe is a YAML file in `recipes/`: `script`, `arguments` that all variants share, `variants` with what differs. Flags that are not known here go to the
+script and win over the recipe's; a source of data among them (--dataset_name, --train_file, --train_dir, ...) replaces the recipe's source. `--dry_run`
+prints the commands, which can be run by themselves. Models and logs go to `runs/recipes`, results to `recipes/results/RECIPE/VARIANT-seedN.json`.
+An interrupted training goes on where its last checkpoint is.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from revdeq_hf.checkpoints import last_whole_checkpoint
+
+EXAMPLES = Path(__file__).resolve().parent
+RECIPES = EXAMPLES / "recipes"
+RESULTS = RECIPES / "results"
+SOURCES = ("dataset_name", "dataset_config", *(f"{split}_{kind}" for split in ("train", "validation", "test") for kind in ("file", "dir")))
+# flags of the training scripts' data that an evaluation needs too
+MEASURED_DATA = (
+    *SOURCES,
+    "text_column",
+    "documents",
+    "max_eval_rows",
+    "eval_split",
+    "image_column",
+    "label_column",
+    "max_eval_images",
+    "bad_images",
+)
+CURVE_POINTS = 40  # of the training loss that a results file keeps
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a file in `recipes/` says.
+
+    Attributes:
+        title, about: what it is and what it is for.
+        expected: the result, with its spread, or that there is none yet.
+        hardware: on which it is meant to run, and how long.
+        script: the training script, relative to this folder.
+        arguments: flags of the script that all variants share. `max_steps` (updates) is among them, so that `--scale` can shrink it.
+        variants: flags that differ, by the variant's name; None takes a shared flag away. `script` may be among them.
+        evaluation: flags of evaluate.py; None: the script evaluates by itself.
+        seeds: those to run.
+        columns: of the table, by their heading: a path into a results file, such as `test.perplexity`.
+        search: values of flags that `--search` tries for every variant, with seed 0; what it found is written into `variants` by hand.
+        search_arguments: flags of the search alone, such as `eval_split: held_out`, so that nothing is chosen by the test data.
+        search_by: path of the figure to compare, the smaller the better.
+    """
+
+    name: str
+    title: str
+    about: str
+    expected: str
+    hardware: str
+    script: str
+    arguments: Settings
+    variants: dict[str, Settings]
+    columns: dict[str, str]
+    evaluation: Settings | None = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [1])
+    search: dict[str, list] = field(default_factory=dict)
+    search_arguments: Settings = field(default_factory=dict)
+    search_by: str = "validation_loss"
+
+    def settings(self, variant: str) -> tuple[str, Settings]:
+        """Script and flags of a variant."""
+        merged = {**self.arguments, **self.variants[variant]}
+        script = merged.pop("script", self.script)
+        return script, {name: value for name, value in merged.items() if value is not None}
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(name: str) -> Recipe:
+    """The recipe of this name.
+
+    Raises:
+        ValueError: there is none, or its file has other fields than a recipe.
+    """
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {name!r}; there are {', '.join(names())}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    fields = Recipe.__dataclass_fields__.keys() - {"name"}
+    if unknown := content.keys() - fields:
+        raise ValueError(f"{path}: {', '.join(sorted(unknown))} is no field of a recipe; there are {', '.join(sorted(fields))}")
+    return Recipe(name=name, **content)
+
+
+# --- settings ---
+
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as a script's command line has them."""
+    found = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        found += [f"--{name}", *(json.dumps(part) if isinstance(part, dict | bool) else str(part) for part in values)]
+    return found
+
+
+def given(arguments: Iterable[str]) -> Settings:
+    """The settings of a command line `--name value ...`."""
+    settings: Settings = {}
+    name = None
+    for part in arguments:
+        if part.startswith("--"):
+            name, _, value = part[2:].partition("=")
+            settings[name] = [value] if value else []
+        elif name is None:
+            raise ValueError(f"flags begin with --, got {part!r}")
+        else:
+            settings[name].append(part)
+    return settings
+
+
+def without_sources(settings: Settings) -> Settings:
+    return {name: value for name, value in settings.items() if name not in SOURCES}
+
+
+def shrunk(settings: Settings, scale: float) -> Settings:
+    """Settings of a run that is `scale` times as long, on a network of about `scale` times as many parameters.
+
+    Updates, sequences or images in a batch and rows to evaluate on are multiplied by `scale`, widths by its square root; each is rounded to what a
+    network can have (whole heads of even size, groups of 16 channels) and is never less than what a run needs. Rates, schedules, steps of
+    the solver and everything else stay.
+    """
+    if not 0 < scale <= 1:
+        raise ValueError(f"--scale must lie in (0, 1], got {scale}")
+    if scale == 1:
+        return settings
+
+    root, images, heads = math.sqrt(scale), "hidden_sizes" in settings, settings.get("num_attention_heads", 4)
+    least = {"max_steps": 4, "per_device_train_batch_size": 8 if images else 1, "save_steps": 1, "eval_steps": 1, "logging_steps": 1}
+    least |= dict.fromkeys(("max_eval_rows", "max_eval_images", "test_count", "curve_count"), 16)
+    multiples = {"hidden_size": 2 * heads, "intermediate_size": 16, "hidden_sizes": 16}
+    small = dict(settings)
+    for name, value in settings.items():
+        if name in least and value >= 1:
+            small[name] = max(least[name], round(scale * value))
+        elif name in multiples:
+            widths = [rounded(root * width, multiples[name]) for width in (value if isinstance(value, list) else [value])]
+            small[name] = widths if isinstance(value, list) else widths[0]
+    few = {} if "problem" in settings else {"max_eval_images": 200} if images else {"max_eval_rows": 200}
+    return {**few, **small}
+
+
+def rounded(value: float, multiple: int) -> int:
+    return max(1, round(value / multiple)) * multiple
+
+
+# --- runs ---
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a recipe: its commands, its folder and its results file."""
+
+    recipe: Recipe
+    variant: str
+    seed: int
+    scale: float
+    folder: Path
+    results: Path
+    more: Settings  # of the command line
+    own_data: bool
+
+    @property
+    def commands(self) -> list[list[str]]:
+        script, settings = self.recipe.settings(self.variant)
+        settings = shrunk(settings, self.scale)
+        if self.own_data or any(name in SOURCES for name in self.more):
+            settings = without_sources(settings)
+        settings = {**settings, **self.more, "seed": self.seed, "output_dir": str(self.folder)}
+        found = [[str((EXAMPLES / script).resolve()), *flags(settings)]]
+        if self.recipe.evaluation is not None:
+            data = {name: value for name, value in settings.items() if name in MEASURED_DATA}
+            found.append([str(EXAMPLES / "evaluate.py"), str(self.folder), *flags({**data, **self.recipe.evaluation})])
+        return found
+
+    def do(self) -> None:
+        """Trains (on from the last checkpoint, if there is one), evaluates, writes the results file."""
+        train, *evaluation = self.commands
+        if self.folder.is_dir() and last_whole_checkpoint(self.folder):
+            train = [*train, "--resume_from_checkpoint", "true"]
+        for command in ([train] if not (self.folder / "results.json").exists() else []) + evaluation:
+            print("+", shown(command), flush=True)
+            subprocess.run([sys.executable, *command], check=True)
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        self.results.write_text(json.dumps(self.record(), indent=1) + "\n", encoding="utf-8")
+
+    def record(self) -> dict[str, Any]:
+        """What the results file says."""
+
+        def read(name: str) -> dict[str, Any]:
+            path = self.folder / name
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+        found, measured, state = read("results.json"), read("evaluation.json"), read("trainer_state.json")
+        losses = [[entry["step"], entry["loss"]] for entry in state.get("log_history", []) if "loss" in entry]
+        keep = max(1, math.ceil(len(losses) / CURVE_POINTS))
+        run = found.pop("run")
+        run.pop("weights", None)
+        protocol = measured.get("protocol", {})
+        return {
+            "recipe": self.recipe.name,
+            "variant": self.variant,
+            "seed": self.seed,
+            "scale": self.scale,
+            "command": run.pop("command"),
+            **run,
+            **{name: value for name, value in compact(found).items() if name not in ("convergence", "stages")},
+            "losses": losses[keep - 1 :: keep],
+            "evaluation": {**measured.get("results", {}), **measured.get("solve", {})},
+            "steps_curve": measured.get("steps_curve", []),
+            "residual_per_step": measured.get("residual_per_step", {}),
+            "protocol": {name: value for name, value in protocol.items() if not isinstance(value, dict)},
+        }
+
+
+def compact(found: Any) -> Any:
+    """Without the long lists of single examples, and floats with six digits."""
+    if isinstance(found, dict):
+        return {name: compact(value) for name, value in found.items() if not (isinstance(value, list) and len(value) > 200)}
+    if isinstance(found, list):
+        return [compact(value) for value in found]
+    return float(f"{found:.6g}") if isinstance(found, float) and math.isfinite(found) else found
+
+
+def shown(command: list[str]) -> str:
+    script, *rest = command
+    here = Path(script)
+    root = EXAMPLES.parent
+    return f"python {shlex.join([str(here.relative_to(root)) if here.is_relative_to(root) else script, *rest])}"
+
+
+def slug(variant: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in variant.lower()).strip("_")
+
+
+# --- what has been measured ---
+
+
+def kept(recipe: Recipe, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results files by variant, in the recipe's order, by seed."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / recipe.name).glob("*.json"))]
+    found = {variant: [record for record in records if record["variant"] == variant] for variant in recipe.variants}
+    return {variant: sorted(rows, key=lambda row: row["seed"]) for variant, rows in found.items() if rows}
+
+
+def at(record: Any, path: str) -> Any:
+    """What stands at a path `name.name`; of a list of rows the one whose first value is so named. None where there is nothing."""
+    for name in path.split("."):
+        if isinstance(record, list):
+            record = next((row for row in record if str(next(iter(row.values()))) == name), None)
+        elif isinstance(record, dict):
+            record = record.get(name)
+    return record
+
+
+def summary(values: list[Any]) -> str:
+    """Mean and sample standard deviation; nothing where nothing was measured."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return ""
+    if all(value == numbers[0] for value in numbers):
+        return shortened(numbers[0])
+    spread = f" \u00b1 {shortened(statistics.stdev(numbers), 2)}" if len(numbers) > 1 else ""
+    return f"{shortened(statistics.mean(numbers))}{spread}"
+
+
+def shortened(value: float, digits: int = 4) -> str:
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
+        return f"{int(value):,}"
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+
+
+def table(recipe: Recipe, folder: Path) -> str:
+    """Markdown: a row for each variant, mean and standard deviation over its seeds."""
+    lines = [f"| variant | {' | '.join(recipe.columns)} | seeds |", f"|{'---|' * (len(recipe.columns) + 2)}"]
+    for variant, records in kept(recipe, folder).items():
+        cells = [summary([at(record, path) for record in records]) for path in recipe.columns.values()]
+        lines.append(f"| {variant} | {' | '.join(cells)} | {len(records)} |")
+    return "\n".join(lines)
+
+
+def plot(recipe: Recipe, folder: Path, path: Path) -> None:
+    """Quality over evaluations of the block (for think_longer.py: over the size), and the loss in training; bands from the least to the greatest seed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    quality, loss = figure.subplots(1, 2)
+
+    def line(axes: Any, curves: list[list[tuple[float, float]]], **style: Any) -> None:
+        length = min(map(len, curves))
+        x = [point for point, _ in curves[0]][:length]
+        values = [[value for _, value in curve[:length]] for curve in curves]
+        axes.plot(x, [statistics.mean(column) for column in zip(*values, strict=True)], **style)
+        if len(curves) > 1:
+            axes.fill_between(
+                x, *([pick(column) for column in zip(*values, strict=True)] for pick in (min, max)), alpha=0.2, color=style["color"], lw=0
+            )
+
+    for number, (variant, records) in enumerate(kept(recipe, folder).items()):
+        style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10], "label": variant}
+        line(loss, [record["losses"] for record in records], **style)
+        if "curve" in records[0]:
+            rows = "adaptive" if records[0]["adaptive"] else "curve"
+            line(
+                quality,
+                [[(float(str(row["size"]).split(",")[0]), 100 * row["exact"]) for row in record[rows]] for record in records],
+                marker="o",
+                **style,
+            )
+            quality.set(xlabel="size", ylabel="solved without a mistake (%)", xscale="log")
+        elif records[0]["steps_curve"]:
+            key = "accuracy" if "accuracy" in records[0]["steps_curve"][0] else "loss"
+            curves = [
+                [(2 * most(row["max_steps"]), row[key]) for row in record["steps_curve"] if row[key] is not None] for record in records
+            ]
+            line(quality, curves, marker="o", **style)
+            quality.set(xlabel="evaluations of the block (of a stage)", ylabel=f"{key} on the test data", xscale="log")
+        else:
+            key = "accuracy" if "accuracy" in records[0]["evaluation"] else "loss"
+            quality.axhline(statistics.mean(record["evaluation"][key] for record in records), **style)
+    loss.set(xlabel="update", ylabel="loss in training", title="Training")
+    quality.set(title=recipe.title)
+    quality.xaxis.set_major_formatter("{x:g}")
+    quality.legend(fontsize="small")
+    for axes in (quality, loss):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+
+
+def most(steps: Any) -> int:
+    return max(steps) if isinstance(steps, list) else steps
+
+
+# --- the command ---
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?", help="name of a recipe, see --list")
+    parser.add_argument("--list", action="store_true", help="print the recipes, what each is for and what it is expected to give")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="only these variants")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the recipe's")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of the updates and parameters, to try a recipe out; 0.01 is a smoke run"
+    )
+    parser.add_argument(
+        "--built_in_data", action="store_true", help="use the data that the script has without any flag instead of the recipe's"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"), help="folder for models and logs")
+    parser.add_argument(
+        "--results", type=Path, help="folder for results files; default: recipes/results, with --scale the folder of the runs"
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="train every variant with every combination of the recipe's `search` and print what came of it",
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
+    parser.add_argument("--table", action="store_true", help="print what has been measured, as Markdown, and stop")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what has been measured and stop")
+    options, rest = parser.parse_known_args(arguments)
+    if options.list or options.recipe is None:
+        for recipe in map(load, names()):
+            print(f"{recipe.name}: {recipe.title}; {len(recipe.variants)} variants, {len(recipe.seeds)} seeds")
+            print(f"    on {recipe.hardware}\n    expected: {recipe.expected}")
+        return
+    recipe = load(options.recipe)
+    whole = options.scale == 1 and not options.built_in_data
+    results = options.results or (RESULTS if whole else options.runs / "results")
+    if options.table or options.plot:
+        if not kept(recipe, results):
+            raise SystemExit(f"{results / recipe.name} holds no results yet; run the recipe without --table and --plot")
+        if options.table:
+            print(table(recipe, results))
+        if options.plot:
+            plot(recipe, results, options.plot)
+        return
+    if unknown := set(options.variants or []) - recipe.variants.keys():
+        raise SystemExit(f"--variants: {recipe.name} has no {', '.join(sorted(unknown))}; it has {', '.join(recipe.variants)}")
+    chosen = [variant for variant in recipe.variants if variant in (options.variants or recipe.variants)]
+    more = given(rest)
+    runs = []
+    if options.search:
+        combinations = [dict(zip(recipe.search, values, strict=True)) for values in itertools.product(*recipe.search.values())]
+        results = results / "search"
+        for variant, values in itertools.product(chosen, combinations):
+            tag = "-".join([slug(variant), *(f"{name}{value}" for name, value in values.items())])
+            settings = {**recipe.search_arguments, **values, **more}
+            runs.append(make_run(recipe, variant, 0, options, tag, results, settings))
+    else:
+        for seed, variant in itertools.product(options.seeds or recipe.seeds, chosen):
+            runs.append(make_run(recipe, variant, seed, options, f"{slug(variant)}-seed{seed}", results, more))
+    for run in runs:
+        if options.dry_run:
+            print("\n".join(map(shown, run.commands)))
+        elif run.results.exists():
+            print(f"{run.results}: is there")
+        else:
+            run.do()
+    if options.search and not options.dry_run:
+        for run in runs:
+            print(f"{run.results.stem}: {recipe.search_by} {at(json.loads(run.results.read_text(encoding='utf-8')), recipe.search_by):.4f}")
+    elif not options.dry_run:
+        print(table(recipe, results))
+
+
+def make_run(recipe: Recipe, variant: str, seed: int, options: argparse.Namespace, tag: str, results: Path, more: Settings) -> Run:
+    return Run(
+        *(recipe, variant, seed, options.scale),
+        folder=options.runs / recipe.name / tag,
+        results=results / recipe.name / f"{tag}.json",
+        more=more,
+        own_data=options.built_in_data,
+    )
+
+
+if __name__ == "__main__":
+    main()
