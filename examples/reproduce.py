@@ -9,8 +9,8 @@
 
 A recipe is a YAML file in `recipes/`: `script`, `arguments` that all variants share, `variants` with what differs. Flags that are not known here go to the
 script and win over the recipe's; a source of data among them (--dataset_name, --train_file, --train_dir, ...) replaces the recipe's source. `--dry_run`
-prints the commands, which can be run by themselves. Models and logs go to `runs/recipes`, results to `recipes/results/RECIPE/VARIANT-seedN.json`.
-An interrupted training goes on where its last checkpoint is.
+prints the commands, which can be run by themselves. On a CPU `bf16` and `torch_compile` are left out. Models and logs go to `runs/recipes`, results to
+`recipes/results/RECIPE/VARIANT-seedN.json`. An interrupted training goes on where its last checkpoint is.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from revdeq_hf.checkpoints import last_whole_checkpoint
@@ -46,6 +47,11 @@ MEASURED_DATA = (
     "max_eval_images",
     "bad_images",
 )
+OF_THE_SOURCE = ("tokenizer_name", "text_column", "image_column", "label_column")  # what makes no sense with other data
+FOR_ACCELERATORS = (
+    "bf16",
+    "torch_compile",
+)  # left out on a CPU, where half precision is emulated and compiling takes longer than a smoke run
 CURVE_POINTS = 40  # of the training loss that a results file keeps
 
 Settings = dict[str, Any]
@@ -139,8 +145,8 @@ def given(arguments: Iterable[str]) -> Settings:
     return settings
 
 
-def without_sources(settings: Settings) -> Settings:
-    return {name: value for name, value in settings.items() if name not in SOURCES}
+def without(settings: Settings, dropped: Iterable[str]) -> Settings:
+    return {name: value for name, value in settings.items() if name not in dropped}
 
 
 def shrunk(settings: Settings, scale: float) -> Settings:
@@ -194,8 +200,12 @@ class Run:
     def commands(self) -> list[list[str]]:
         script, settings = self.recipe.settings(self.variant)
         settings = shrunk(settings, self.scale)
-        if self.own_data or any(name in SOURCES for name in self.more):
-            settings = without_sources(settings)
+        if self.own_data:
+            settings = without(settings, (*SOURCES, *OF_THE_SOURCE))
+        elif any(name in SOURCES for name in self.more):
+            settings = without(settings, SOURCES)
+        if not torch.accelerator.is_available():
+            settings = without(settings, FOR_ACCELERATORS)
         settings = {**settings, **self.more, "seed": self.seed, "output_dir": str(self.folder)}
         found = [[str((EXAMPLES / script).resolve()), *flags(settings)]]
         if self.recipe.evaluation is not None:
