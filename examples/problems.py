@@ -73,6 +73,7 @@ def prefix_sums(count: int, bits: int, seed: int, split: str = "train") -> Datas
 
 # --- permutations ---
 
+SEEN = 4  # letters that a letter attends to, itself included
 LETTERS = ((1, 0, 2, 3, 4), (1, 2, 3, 4, 0))  # a swap and a cycle, which together make all 120 permutations of five things
 
 
@@ -103,8 +104,15 @@ def permutations(count: int, length: int, seed: int, split: str = "train") -> Da
 
 
 def collate_words(rows: list[dict[str, Any]]) -> Batch:
-    """A batch for a token classifier: `input_ids` and `labels`, (words, length)."""
-    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    """A batch for a causal token classifier: `input_ids` and `labels`, (words, length); `attention_mask` (words, 1, length, length).
+
+    Each letter sees itself and the three before it, at any length, so that longer words differ from short ones in nothing but the depth they need: attention
+    over a whole word does worse on words longer than those of the training for a reason of its own, distances that it has not met.
+    """
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    places = torch.arange(batch["labels"].shape[1])
+    before = places[:, None] - places
+    return batch | {"attention_mask": ((before >= 0) & (before < SEEN)).expand(len(rows), 1, -1, -1)}
 
 
 # --- mazes ---

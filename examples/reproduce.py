@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -70,7 +71,7 @@ class Recipe:
         variants: flags that differ, by the variant's name; None takes a shared flag away. `script` may be among them.
         evaluation: flags of evaluate.py; None: the script evaluates by itself.
         seeds: those to run.
-        columns: of the table, by their heading: a path into a results file, such as `test.perplexity`.
+        columns: of the table, by their heading: a path into a results file, such as `test.perplexity`, see `at`.
         search: values of flags that `--search` tries for every variant, with seed 0; what it found is written into `variants` by hand.
         search_arguments: flags of the search alone, such as `eval_split: held_out`, so that nothing is chosen by the test data.
         search_by: path of the figure to compare, the smaller the better.
@@ -284,13 +285,15 @@ def kept(recipe: Recipe, folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def at(record: Any, path: str) -> Any:
-    """What stands at a path `name.name`; of a list of rows the one whose first value is so named. None where there is nothing."""
-    for name in path.split("."):
-        if isinstance(record, list):
-            record = next((row for row in record if str(next(iter(row.values()))) == name), None)
-        elif isinstance(record, dict):
-            record = record.get(name)
-    return record
+    """What stands at a path `name.name`, or else at the next of several, `path|path`; None if nothing. Of rows in a list the one whose first value is so named."""
+    first, _, others = path.partition("|")
+    found = record
+    for name in first.split("."):
+        if isinstance(found, list):
+            found = next((row for row in found if str(next(iter(row.values()))) == name), None)
+        elif isinstance(found, dict):
+            found = found.get(name)
+    return at(record, others) if found is None and others else found
 
 
 def summary(values: list[Any]) -> str:
@@ -311,12 +314,24 @@ def shortened(value: float, digits: int = 4) -> str:
 
 
 def table(recipe: Recipe, folder: Path) -> str:
-    """Markdown: a row for each variant, mean and standard deviation over its seeds."""
-    lines = [f"| variant | {' | '.join(recipe.columns)} | seeds |", f"|{'---|' * (len(recipe.columns) + 2)}"]
+    """Markdown: a row for each variant, mean and standard deviation over its seeds, and the commits that its runs were of."""
+    lines = [f"| variant | {' | '.join(recipe.columns)} | seeds | commit |", f"|{'---|' * (len(recipe.columns) + 3)}"]
     for variant, records in kept(recipe, folder).items():
         cells = [summary([at(record, path) for record in records]) for path in recipe.columns.values()]
-        lines.append(f"| {variant} | {' | '.join(cells)} | {len(records)} |")
+        commits = dict.fromkeys(
+            record.get("commit", "")[:7] + ("-dirty" if "dirty" in record.get("commit", "") else "") for record in records
+        )
+        lines.append(f"| {variant} | {' | '.join(cells)} | {len(records)} | {', '.join(commits)} |")
     return "\n".join(lines)
+
+
+def updated(text: str) -> str:
+    """A page of Markdown with every table between `<!-- table: RECIPE -->` and `<!-- end -->` made anew from the results files."""
+
+    def block(found: re.Match) -> str:
+        return f"{found[1]}\n{table(load(found[2]), RESULTS)}\n{found[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", block, text, flags=re.DOTALL)
 
 
 def plot(recipe: Recipe, folder: Path, path: Path) -> None:
@@ -328,7 +343,7 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     quality, loss = figure.subplots(1, 2)
 
-    def line(axes: Any, curves: list[list[tuple[float, float]]], **style: Any) -> None:
+    def line(axes: Any, curves: list[list[Any]], **style: Any) -> None:
         length = min(map(len, curves))
         x = [point for point, _ in curves[0]][:length]
         values = [[value for _, value in curve[:length]] for curve in curves]
@@ -400,7 +415,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
     parser.add_argument("--table", action="store_true", help="print what has been measured, as Markdown, and stop")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what has been measured and stop")
+    parser.add_argument("--update", nargs="+", type=Path, metavar="PAGE", help="make the tables in these Markdown pages anew and stop")
     options, rest = parser.parse_known_args(arguments)
+    if options.update:
+        for page in options.update:
+            page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")
+        return
     if options.list or options.recipe is None:
         for recipe in map(load, names()):
             print(f"{recipe.name}: {recipe.title}; {len(recipe.variants)} variants, {len(recipe.seeds)} seeds")

@@ -76,11 +76,11 @@ PROBLEMS = {
         flags=dict(hidden_size=96, learning_rate=2e-3, train_steps=[4, 12], max_steps=4000),
     ),
     "permutations": Problem(
-        *(permutations, 16, [16, 32, 64, 128], [8, 16, 32, 64, 128], 64),
-        train_count=50_000,
+        *(permutations, 16, [16, 32, 64, 128], [8, 16, 32, 64, 128], 32),
+        train_count=40_000,
         tokens=dict(vocab_size=2, num_labels=120, use_cache=False),
         collate=collate_words,
-        flags=dict(hidden_size=64, learning_rate=2e-3, train_steps=[8, 16], max_steps=2000),
+        flags=dict(hidden_size=64, learning_rate=4e-3, beta=0.5, train_steps=[8, 16], max_steps=2500),
     ),
 }
 
@@ -95,7 +95,7 @@ class ProblemArguments:
         default=None, metadata={"help": "Bits, cells of a side, givens or letters of the problems to train on. Default: the problem's."}
     )
     train_count: int | None = field(
-        default=None, metadata={"help": "Problems to train on. Default: 20,000, of Sudoku 1,000, of permutations 50,000."}
+        default=None, metadata={"help": "Problems to train on. Default: 20,000, of Sudoku 1,000, of permutations 40,000."}
     )
     train_guises: int = field(
         default=100, metadata={"help": "Guises of each Sudoku to train on: digits renamed, rows and columns permuted."}
@@ -188,7 +188,7 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
     if options.network == "stack":
         if options.model_name_or_path:
             raise ValueError("--model_name_or_path takes an equilibrium network; a stack is trained from the start")
-        if problem.tokens:  # the same layers; a Sudoku's mask lets it see in both directions
+        if problem.tokens:  # the same layers; the problem's mask tells what each token sees
             return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth, **problem.tokens))
         return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
     given: dict[str, Any] = {name: value for name in ("beta", "damping", "num_restarts") if (value := getattr(options, name)) is not None}

@@ -1,6 +1,7 @@
 """examples/problems.py: every problem has one right answer, the same from the same seed; no test problem is trained on."""
 
 import importlib
+import itertools
 import random
 
 import numpy as np
@@ -16,10 +17,10 @@ def problems(scripts):
 
 
 def given(row: dict) -> bytes:
-    return np.asarray(row["digits"] if "digits" in row else row["pixel_values"], np.float32).tobytes()
+    return np.asarray(next(row[name] for name in ("digits", "input_ids", "pixel_values") if name in row), np.float32).tobytes()
 
 
-@pytest.mark.parametrize(("name", "size"), [("prefix_sums", 6), ("mazes", 5), ("sudoku", 60)])
+@pytest.mark.parametrize(("name", "size"), [("prefix_sums", 6), ("permutations", 12), ("mazes", 5), ("sudoku", 60)])
 def test_train_and_test_have_nothing_in_common(problems, name, size):
     """Sizes so small that draws repeat (but for Sudoku)."""
     make = getattr(problems, name)
@@ -40,6 +41,26 @@ def test_prefix_sums(problems, bits):
             assert value in (-1.0, 1.0)
             parity ^= value == 1.0
             assert label == parity
+
+
+def test_permutations(problems):
+    """The labels by moving five things about, and every one of the 120 arrangements comes up."""
+    seen = set()
+    for row in problems.permutations(60, 40, seed=0):
+        things = list("abcde")
+        for letter, label in zip(row["input_ids"], row["labels"], strict=True):
+            things = [things[place] for place in problems.LETTERS[letter]]
+            assert label == list(itertools.permutations("abcde")).index(tuple(things))
+            seen.add(label)
+    assert seen == set(range(120))
+    batch = problems.collate_words(list(problems.permutations(3, 12, seed=0)))
+    assert {name: (tuple(part.shape), part.dtype) for name, part in batch.items()} == {
+        "input_ids": ((3, 12), torch.int64),
+        "labels": ((3, 12), torch.int64),
+        "attention_mask": ((3, 1, 12, 12), torch.bool),
+    }
+    assert batch["attention_mask"][0, 0].sum(1).tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4]
+    assert not batch["attention_mask"][0, 0].triu(1).any()
 
 
 @pytest.mark.parametrize("size", [3, 9, 21])
@@ -164,6 +185,7 @@ def test_batches(problems):
     [
         (("mazes", 1, 8, 0), "size must be odd and at least 3 .*got 8"),
         (("sudoku", 1, 17, 0), "givens must lie in 24 to 80 .*got 17"),
+        (("permutations", 1, 8, 0), "length must be at least 12 .*got 8"),
         (("prefix_sums", 1, 0, 0), "bits must be at least 1, got 0"),
         (("prefix_sums", 0, 4, 0), "count must be at least 1, got 0"),
         (("mazes", 1, 9, 0, "validation"), "split must be 'train' or 'test', got 'validation'"),

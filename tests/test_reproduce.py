@@ -1,0 +1,314 @@
+"""Recipes: every flag is one of its script, the networks are what their names say, runs shrink, interrupted work goes on, tables say what the files say."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from conftest import EXAMPLES
+from transformers import AutoTokenizer, HfArgumentParser
+
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQVisionConfig
+
+pytestmark = pytest.mark.usefixtures("scripts")
+sys.path.insert(0, str(EXAMPLES))
+reproduce = importlib.import_module("reproduce")  # here, since its recipes are what the tests are repeated for
+sys.path.remove(str(EXAMPLES))
+RUNS = [(name, variant) for name in reproduce.names() for variant in reproduce.load(name).variants]
+
+
+def parsed(name: str, variant: str, more: dict | None = None) -> tuple:
+    """What the training script makes of a recipe's flags."""
+    script, settings = reproduce.load(name).settings(variant)
+    settings = {**settings, **(more or {})}
+    if script == "../benchmarks/published_reversal.py":
+        assert settings.pop("state_dtype") in ("float32", "float64")
+        script = "train_language.py"
+    module = importlib.import_module(script.removesuffix(".py"))
+    kinds = {
+        "train_language": ("ModelArguments", "DataArguments", "LanguageTrainingArguments"),
+        "train_image": ("ModelArguments", "DataArguments", "ImageTrainingArguments"),
+        "think_longer": ("NetworkArguments", "ProblemArguments", "ThinkingArguments"),
+    }[module.__name__]
+    settings = reproduce.without(settings, reproduce.FOR_ACCELERATORS)  # refused where there is none
+    parser = HfArgumentParser([getattr(module, kind) for kind in kinds])
+    return module, *parser.parse_args_into_dataclasses(args=reproduce.flags(settings))
+
+
+@pytest.mark.parametrize(("name", "variant"), RUNS)
+def test_every_flag_is_one_of_the_script(name, variant, tmp_path):
+    recipe = reproduce.load(name)
+    _, settings = recipe.settings(variant)
+    _, options, data, training = parsed(name, variant, {"output_dir": str(tmp_path)})
+    for flag, value in reproduce.without(settings, (*reproduce.FOR_ACCELERATORS, "state_dtype")).items():
+        held = next(getattr(part, flag) for part in (training, data, options) if hasattr(part, flag))
+        assert held == value or json.loads(held) == value, flag
+    assert training.max_steps > 0, "without updates --scale has nothing to shrink"
+    assert recipe.seeds
+    assert recipe.columns
+
+
+@pytest.mark.parametrize("name", reproduce.names())
+def test_evaluation_knows_its_flags(name):
+    recipe = reproduce.load(name)
+    if recipe.evaluation is None:
+        return
+    evaluation = importlib.import_module("evaluation")
+    flags = reproduce.flags(recipe.evaluation)
+    options, _ = (evaluation.image_arguments if "image" in recipe.script else evaluation.text_arguments)(flags)
+    assert {flag: getattr(options, flag) for flag in recipe.evaluation} == recipe.evaluation
+
+
+def built(name: str, variant: str) -> torch.nn.Module:
+    module, options, data, _ = parsed(name, variant)
+    with torch.device("meta"):
+        if module.__name__ == "train_image":
+            size = data.image_size or 32
+            return module.build_model(options, [str(label) for label in range(10)], (size, size, 3))
+
+        class Vocabulary:
+            bos_token_id = eos_token_id = 0
+
+            def __len__(self) -> int:
+                return 50257 if data.tokenizer_name == "gpt2" else data.vocab_size
+
+        return module.build_model(options, Vocabulary(), data.block_size)
+
+
+def test_paper_recipes_are_the_presets():
+    language = built("lm_wikitext103_paper", "paper")
+    wanted = RevDEQConfig.paper_wikitext103(bos_token_id=0, eos_token_id=0).to_dict()
+    assert {key: value for key, value in language.config.to_dict().items() if wanted.get(key) != value} == {}
+    with torch.device("meta"):
+        assert language.num_parameters() == RevDEQForCausalLM(RevDEQConfig.paper_wikitext103()).num_parameters()
+    for kind in ("multiscale", "singlescale"):
+        images = built(f"image_cifar10_paper_{kind}", "paper")
+        wanted = getattr(RevDEQVisionConfig, f"paper_cifar10_{kind}")().to_dict()
+        found = {key: value for key, value in images.config.to_dict().items() if wanted.get(key) != value}
+        assert {key: value for key, value in found.items() if "label" not in key} == {}
+
+
+def inner(model: torch.nn.Module) -> int:
+    """Parameters without embeddings and head."""
+    return sum(p.numel() for name, p in model.named_parameters() if "embed" not in name and "lm_head" not in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "equilibrium"),
+    [
+        ("lm_wikitext2_small", "equilibrium, 4 steps"),
+        ("lm_wikitext103_paper", "paper"),
+        ("lm_wikitext103_best", "equilibrium"),
+        ("image_cifar10_small", "equilibrium, 2 steps"),
+        ("image_cifar10_paper_multiscale", "paper"),
+        ("image_cifar10_paper_singlescale", "paper"),
+        ("image_cifar10_best", "equilibrium, paper's block"),
+        ("image_cifar100", "equilibrium, paper's block"),
+    ],
+)
+def test_baselines_of_equal_parameters_have_them(name, equilibrium):
+    variants = reproduce.load(name).variants
+    (baseline,) = [variant for variant in variants if "equal parameters" in variant]
+    ratio = inner(built(name, baseline)) / inner(built(name, equilibrium))
+    assert 0.85 < ratio < 1.15, f"{ratio:.2f}"
+
+
+def test_baselines_of_equal_evaluations_have_them():
+    for name in ("lm_wikitext2_small", "lm_wikitext103_paper", "lm_wikitext103_best"):
+        variants = reproduce.load(name).variants
+        (baseline,) = [variant for variant in variants if "equal evaluations" in variant]
+        model, explicit = built(name, next(iter(variants))), built(name, baseline)
+        # `num_hidden_layers` of a looped model counts the layers of every evaluation, prelude and coda included
+        steps = model.config.steps_sampling or {"max_steps": model.config.max_steps}
+        assert model.config.max_steps <= steps["max_steps"]
+        assert explicit.config.num_hidden_layers == model.config.num_hidden_layers
+
+
+# --- shrinking ---
+
+
+def test_shrunk():
+    settings = {"max_steps": 5000, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "save_steps": 0.25}
+    settings |= {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "solver_steps": 4}
+    small = reproduce.shrunk(settings, 0.01)
+    assert small["max_steps"] == 50
+    assert small["hidden_size"] % (2 * 12) == 0
+    assert 72 <= small["hidden_size"] <= 96
+    assert small["intermediate_size"] == 304
+    assert small["per_device_train_batch_size"] == 1
+    assert small["max_eval_rows"] == 200
+    assert {name: small[name] for name in ("learning_rate", "solver_steps", "save_steps")} == {
+        "learning_rate": 1e-3,
+        "solver_steps": 4,
+        "save_steps": 0.25,
+    }
+    assert reproduce.shrunk(settings, 1) == settings
+    images = reproduce.shrunk({"hidden_sizes": [128, 256, 512], "per_device_train_batch_size": 64, "max_steps": 100}, 0.01)
+    assert images["hidden_sizes"] == [16, 32, 48]
+    assert images["per_device_train_batch_size"] == 8  # BatchNorm needs several
+    assert images["max_steps"] == 4
+    for scale in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=r"--scale must lie in \(0, 1\]"):
+            reproduce.shrunk(settings, scale)
+
+
+def commands(*arguments: str, capsys) -> list[str]:
+    reproduce.main([*arguments, "--dry_run"])
+    return capsys.readouterr().out.splitlines()
+
+
+def test_commands(capsys):
+    whole = commands("lm_wikitext2_small", "--seeds", "7", "--variants", "equilibrium, 4 steps", capsys=capsys)
+    assert len(whole) == 2
+    assert whole[0].startswith("python examples/train_language.py --dataset_name Salesforce/wikitext")
+    assert "--seed 7" in whole[0]
+    assert whole[1].startswith("python examples/evaluate.py runs/recipes/lm_wikitext2_small/equilibrium__4_steps-seed7 --dataset_name")
+    # another source of data takes the place of the recipe's, also in the evaluation
+    for line in commands("lm_wikitext2_small", "--train_file", "a.txt", capsys=capsys):
+        assert "dataset_name" not in line
+        assert "--train_file a.txt" in line
+    for line in commands("image_cifar100", "--built_in_data", "--scale", "0.01", capsys=capsys):
+        assert "uoft-cs" not in line
+        assert "label_column" not in line
+    searched = commands("lm_wikitext2_small", "--search", capsys=capsys)
+    assert len(searched) == 2 * len(reproduce.load("lm_wikitext2_small").variants) * 2
+    assert all("--seed 0" in line for line in searched if "train_language" in line)
+    override = commands("lm_wikitext2_small", "--max_steps", "5", capsys=capsys)
+    assert all("--max_steps 5" in line for line in override if "train_language" in line)
+
+
+def test_unknown_names_are_told():
+    with pytest.raises(ValueError, match=r"there is no recipe 'nonsense'; there are .*lm_wikitext2_small"):
+        reproduce.main(["nonsense"])
+    with pytest.raises(SystemExit, match="has no x; it has equilibrium"):
+        reproduce.main(["lm_wikitext2_small", "--variants", "x"])
+    with pytest.raises(SystemExit, match="holds no results yet"):
+        reproduce.main(["lm_wikitext2_small", "--table", "--results", "nowhere"])
+    with pytest.raises(ValueError, match="flags begin with --, got 'stray'"):
+        reproduce.given(["stray"])
+
+
+def test_unknown_fields_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "RECIPES", tmp_path)
+    (tmp_path / "odd.yaml").write_text("title: odd\ncolour: red\n")
+    with pytest.raises(ValueError, match="colour is no field of a recipe"):
+        reproduce.load("odd")
+
+
+# --- a recipe end to end ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A recipe of its own, run for one of two seeds and variants, interrupted between training and evaluation."""
+    folder = tmp_path_factory.mktemp("recipe")
+    for split, lines in (("train", 300), ("validation", 30), ("test", 30)):
+        (folder / f"{split}.txt").write_text("".join(f"{number} times {split} is {number * 7 % 13}\n" for number in range(lines)))
+    recipe = {
+        **{"title": "tiny", "about": "a", "expected": "b", "hardware": "c", "script": "train_language.py", "seeds": [3]},
+        "arguments": {
+            **{f"{split}_file": str(folder / f"{split}.txt") for split in ("train", "validation", "test")},
+            **dict(vocab_size=300, block_size=16, hidden_size=16, intermediate_size=32, num_attention_heads=2, solver_steps=2),
+            **dict(max_steps=6, logging_steps=1, save_steps=3, sample_tokens=0, report_to="none", disable_tqdm=True),
+        },
+        "evaluation": {"curve_steps": [1, 3], "batch_size": 64},
+        "columns": {"loss": "evaluation.loss", "at 3": "steps_curve.3.loss", "drift": "greatest_drift", "nothing": "a.b"},
+        "variants": {"looped": {}, "llama, one": {"model_type": "llama", "num_hidden_layers": 1}},
+    }
+    (folder / "tiny.yaml").write_text(json.dumps(recipe))
+    return folder
+
+
+@pytest.mark.slow
+def test_end_to_end(run, monkeypatch, capsys):
+    monkeypatch.setattr(reproduce, "RECIPES", run)
+    places = ["--runs", str(run / "runs"), "--results", str(run / "results")]
+    reproduce.main(["tiny", *places])
+    shown = capsys.readouterr().out
+    record = json.loads((run / "results" / "tiny" / "looped-seed3.json").read_text())
+    assert record["variant"] == "looped"
+    assert record["seed"] == 3
+    assert record["updates"] == 6
+    assert record["greatest_drift"] == 0
+    assert [step for step, _ in record["losses"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["max_steps"] for row in record["steps_curve"]] == [1, 3]
+    assert record["data_sha256"].keys() == {"train", "validation", "test"}
+    assert record["protocol"]["data_sha256"] == record["data_sha256"]["test"]
+    assert record["command"].startswith("python examples/train_language.py --train_file")
+    assert {"commit", "device", "versions", "train_seconds", "peak_memory_bytes", "parameters"} <= record.keys()
+    explicit = json.loads((run / "results" / "tiny" / "llama__one-seed3.json").read_text())
+    assert explicit["steps_curve"] == []
+    loss = f"{record['evaluation']['loss']:.4g}"
+    assert f"| looped | {loss} | " in shown
+    assert f"| llama, one | {explicit['evaluation']['loss']:.4g} |  |  |  | 1 |" in shown
+
+    reproduce.main(["tiny", *places])  # nothing is done twice
+    assert capsys.readouterr().out.count("is there") == 2
+
+    # a run that was interrupted in its training goes on from its checkpoint, with the same result
+    (run / "results" / "tiny" / "looped-seed3.json").unlink()
+    folder = run / "runs" / "tiny" / "looped-seed3"
+    for name in ("results.json", "model.safetensors", "evaluation.json"):
+        (folder / name).unlink()
+    for path in folder.glob("checkpoint-6"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    reproduce.main(["tiny", *places, "--variants", "looped"])
+    assert "--resume_from_checkpoint true" in capsys.readouterr().out
+    again = json.loads((run / "results" / "tiny" / "looped-seed3.json").read_text())
+    assert again["evaluation"]["loss"] == record["evaluation"]["loss"]
+
+    reproduce.main(["tiny", *places, "--plot", str(run / "tiny.png")])
+    assert (run / "tiny.png").stat().st_size > 10_000
+    assert AutoTokenizer.from_pretrained(folder)
+
+
+# --- tables ---
+
+
+def test_tables_say_mean_and_deviation():
+    assert reproduce.summary([1.0, 2.0, 3.0]) == "2 \u00b1 1"
+    assert reproduce.summary([0.12345, 0.12347]) == "0.1235 \u00b1 1.4e-05"
+    assert reproduce.summary([5, 5]) == "5"
+    assert reproduce.summary([12345678]) == "12,345,678"
+    assert reproduce.summary([None, None]) == ""
+    rows = {
+        "steps_curve": [{"max_steps": 4, "loss": 2.0}, {"max_steps": [4, 8], "loss": 3.0}],
+        "adaptive": [{"size": "9, odd", "exact": 1}],
+    }
+    assert reproduce.at(rows, "steps_curve.4.loss") == 2.0
+    assert reproduce.at(rows, "steps_curve.16.loss") is None
+    assert reproduce.at(rows, "adaptive.9, odd.exact") == 1
+    assert reproduce.at(rows, "nothing.at.all") is None
+    assert reproduce.at(rows, "nothing.at.all|steps_curve.4.loss") == 2.0
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_tables_of_the_pages_are_those_of_the_files(page):
+    """`python examples/reproduce.py --update README.md docs/results.md` would change nothing."""
+    text = (EXAMPLES.parent / page).read_text(encoding="utf-8")
+    assert "<!-- table: " in text
+    assert text.count("<!-- table: ") == text.count("<!-- end -->")
+    assert reproduce.updated(text) == text
+
+
+@pytest.mark.parametrize("name", [name for name in reproduce.names() if (reproduce.RESULTS / name).is_dir()])
+def test_kept_results_are_those_of_the_recipe(name):
+    """A results file tells of the recipe as it stands: its variant exists, and its command has the variant's flags."""
+    recipe = reproduce.load(name)
+    files = list((reproduce.RESULTS / name).glob("*.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    assert sum(map(len, reproduce.kept(recipe, reproduce.RESULTS).values())) == len(files)
+    for record in records:
+        _, settings = recipe.settings(record["variant"])
+        run = reproduce.given(record["command"].split()[2:])
+        for flag, value in reproduce.without(settings, (*reproduce.SOURCES, *reproduce.FOR_ACCELERATORS)).items():
+            if not isinstance(value, dict):
+                assert run[flag] == reproduce.flags({flag: value})[1:], (record["variant"], flag)
+        assert "dirty" not in record["commit"]
+        assert "/" not in record["command"].split()[1].removeprefix("examples/").removeprefix("benchmarks/")
+        if record["variant"].startswith(("equilibrium", "exact", "beta", "modern", "paper")):
+            assert record["greatest_drift"] == 0
+    assert reproduce.table(recipe, reproduce.RESULTS).count("\n") >= 2
