@@ -285,7 +285,7 @@ def kept(recipe: Recipe, folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def at(record: Any, path: str) -> Any:
-    """What stands at a path `name.name`, or else at the next of several, `path|path`; None if nothing. Of rows in a list the one whose first value is so named."""
+    """What stands at a path `name.name`, or else at the next of several, `path|path`; None if nothing. Of rows that whose first value is so named."""
     first, _, others = path.partition("|")
     found = record
     for name in first.split("."):
