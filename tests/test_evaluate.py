@@ -136,7 +136,10 @@ def test_what_the_file_of_results_holds(evaluation, language, text_file, tmp_pat
     residuals = found["residual_per_step"]["model.solve"]
     assert len(residuals) == 8
     assert residuals[7] < residuals[1] < residuals[0] == pytest.approx(1, abs=1e-3)  # the solve begins at 0
-    other = evaluation.main([str(tmp_path / "model"), "--test_file", str(text_file), "--solver_steps", "4", "--output_dir", str(tmp_path)])
+    flags = ["--test_file", str(text_file), "--output_dir", str(tmp_path)]
+    other = evaluation.main([str(tmp_path / "model"), *flags, "--solver_steps", "4", "--curve_steps", "8", "3"])
+    assert [point["max_steps"] for point in other["steps_curve"]] == [8, 3]
+    assert other["steps_curve"][0]["loss"] == pytest.approx(found["steps_curve"][3]["loss"], rel=1e-6)
     assert other["results"]["loss"] == pytest.approx(found["steps_curve"][2]["loss"], rel=1e-6)
     assert other["protocol"]["max_steps"] == 4
     assert other["solver"]["max_steps"] == model.config.max_steps == 2

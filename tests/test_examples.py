@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from revdeq_hf.training import text_hash
+
 
 def load(name: str):
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
@@ -115,8 +117,20 @@ def test_language_script_in_bf16_with_other_settings_goes_on_from_a_saved_model(
     )
     first = language.main(language_arguments(tmp_path / "a", text_files, *settings, "--tol", "1e-3", "--dropout", "0.1"))
     assert first["greatest_drift"] == 0
+    assert {split: text_hash(Path(file).read_text().splitlines(keepends=True)) for split, file in text_files.items()} == first[
+        "data_sha256"
+    ]
     more = language.main(language_arguments(tmp_path / "b", text_files, "--model_name_or_path", str(tmp_path / "a"), "--max_steps", "6"))
     assert more["validation_loss_before"] == pytest.approx(first["validation_loss"], rel=1e-2)  # bf16 then, float32 now
+
+
+def test_layers_before_and_after_and_a_rounded_vocabulary(language, text_files, tmp_path):
+    settings = ("--max_steps", "2", "--num_prelude_layers", "1", "--num_coda_layers", "2", "--pad_vocab_to_multiple_of", "64")
+    language.main(language_arguments(tmp_path, text_files, *settings))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (model.config.num_prelude_layers, model.config.num_coda_layers) == (1, 2)
+    size = len(AutoTokenizer.from_pretrained(tmp_path))
+    assert model.config.vocab_size == 64 * (size // 64 + 1) > size
 
 
 def history(folder) -> list[dict]:
@@ -329,6 +343,7 @@ def test_standard_library_splits_share_no_file(language):
         (["--train_file", "{train}", "--model_name_or_path", "{bare}"], "no tokenizer in .*--tokenizer_name"),
         (["--train_file", "{train}", "--model_name_or_path", "{bare}", "--tokenizer_name", "{large}"], "256 on lie outside"),
         (["--train_file", "{train}", "--tokenizer_name", "{endless}"], "no end-of-text token"),
+        (["--train_file", "{train}", "--pad_vocab_to_multiple_of", "0"], "must be at least 1, got 0"),
         (["--train_file", "{train}", "--lr_scheduler_type", "reduce_lr_on_plateau"], "requires an eval strategy"),
     ],
     ids=str,

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -157,6 +158,16 @@ def test_lazily_decoded_pixels_are_the_same(image, folder, tmp_path):
         image.main([*arguments, "--keep_pixels", keep, "--output_dir", str(tmp_path / keep)])["loss"] for keep in ("true", "false")
     )
     assert kept == lazy
+
+
+def test_a_held_out_tenth_of_the_training_images_to_choose_settings_by(image, folder, tmp_path):
+    arguments = [*folders(folder), *TINY, "--max_steps", "2"]
+    whole, held_out = (
+        image.main([*arguments, *more, "--output_dir", str(tmp_path / str(len(more)))]) for more in ([], ["--eval_split", "held_out"])
+    )
+    assert held_out["train_images"] + held_out["eval_images"] == whole["train_images"]
+    assert held_out["eval_images"] == math.ceil(whole["train_images"] / 10)
+    assert len({*whole["data_sha256"].values(), *held_out["data_sha256"].values()}) == 4
 
 
 # --- augmentation ---
