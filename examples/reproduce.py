@@ -173,7 +173,7 @@ def shrunk(settings: Settings, scale: float) -> Settings:
         elif name in multiples:
             widths = [rounded(root * width, multiples[name]) for width in (value if isinstance(value, list) else [value])]
             small[name] = widths if isinstance(value, list) else widths[0]
-    few = {} if "problem" in settings else {"max_eval_images": 200} if images else {"max_eval_rows": 200}
+    few = {} if "problem" in settings else {"max_eval_images": 200} if images else {"max_eval_rows": 16}
     return {**few, **small}
 
 

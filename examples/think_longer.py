@@ -35,6 +35,7 @@ from revdeq_hf import RevDEQConfig, RevDEQForSemanticSegmentation, RevDEQForToke
 from revdeq_hf.block_revdeq import RevDEQPositionNorm
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
 from revdeq_hf.layer_revdeq import fixed_point_layers
+from revdeq_hf.optimizers import optimizers
 from revdeq_hf.training import RevDEQCallback, peak_memory, run_record
 
 Figures = dict[str, Any]
@@ -80,7 +81,7 @@ PROBLEMS = {
         train_count=40_000,
         tokens=dict(vocab_size=2, num_labels=120, use_cache=False),
         collate=collate_words,
-        flags=dict(hidden_size=64, learning_rate=4e-3, beta=0.5, train_steps=[8, 16], max_steps=2500),
+        flags=dict(hidden_size=64, learning_rate=4e-3, muon_learning_rate=0.015, train_steps=[8, 16], max_steps=2000),
     ),
 }
 
@@ -157,6 +158,9 @@ class ThinkingArguments(TrainingArguments):
     save_steps: float = field(default=500, metadata={"help": "Updates between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: the collator takes what it needs."})
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of Muon for the matrices; AdamW has the rest. Default: AdamW alone."}
+    )
 
 
 class Stack(nn.Module):
@@ -422,7 +426,9 @@ def main(arguments: list[str] | None = None) -> dict:
         rows = problem.make(data.train_count or problem.train_count, train_size, data.problem_seed, "train")
         if problem.make is sudoku:
             rows = guises(rows, data.train_guises, data.problem_seed)
-        settings = dict(model=model, args=training, train_dataset=rows, data_collator=problem.collate)
+        settings = dict(
+            model=model, args=training, train_dataset=rows, data_collator=problem.collate, optimizers=optimizers(model, training)
+        )
         trainer: ResumableTrainer = (
             ConvergingTrainer(options.residual_weight, **settings) if options.residual_weight else ResumableTrainer(**settings)
         )

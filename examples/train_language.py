@@ -51,6 +51,7 @@ from transformers import (
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
 from revdeq_hf.model_card import weight_hashes
+from revdeq_hf.optimizers import optimizers
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
@@ -157,6 +158,9 @@ class LanguageTrainingArguments(TrainingArguments):
     eval_strategy: str = field(default="no", metadata={"help": "no, steps or epoch."})
     save_steps: float = field(default=200, metadata={"help": "Updates between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of Muon for the matrices; AdamW has the rest. Default: AdamW alone."}
+    )
     dataloader_pin_memory: bool = field(default=torch.accelerator.is_available(), metadata={"help": "Pin host memory for faster copies."})
     report_to: str = field(
         default="tensorboard", metadata={"help": "Where figures are sent too: tensorboard, wandb, trackio, ... or none."}
@@ -525,6 +529,7 @@ def main(arguments: list[str] | None = None) -> dict:
         data_collator=default_data_collator if data.pack else DataCollatorForSeq2Seq(padding),
         compute_metrics=scorer,
         preprocess_logits_for_metrics=Scorer.token_losses,
+        optimizers=optimizers(model, training),
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
 

@@ -137,7 +137,7 @@ def test_shrunk():
     assert 72 <= small["hidden_size"] <= 96
     assert small["intermediate_size"] == 304
     assert small["per_device_train_batch_size"] == 1
-    assert small["max_eval_rows"] == 200
+    assert small["max_eval_rows"] == 16
     assert {name: small[name] for name in ("learning_rate", "solver_steps", "save_steps")} == {
         "learning_rate": 1e-3,
         "solver_steps": 4,

@@ -1,0 +1,84 @@
+"""Muon for the matrices of a model, AdamW for the rest, as one optimizer like any other for Trainer, schedules and checkpoints. It does not travel to the Hub."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for the weights of the linear layers in the model's body, torch's AdamW for embeddings, heads, norms, biases and all else.
+
+    A weight-tied block is used many times in one pass, so the gradients of its matrices are sums of many and dominated by few directions; Muon's
+    orthogonalised updates give all directions the same size. On the word problem of S5 the loop learns several times faster by it (docs/results.md).
+
+    Args:
+        model: a transformers model. Its body is `model.base_model`, so a task's head is not among the matrices.
+        lr: learning rate of AdamW, > 0.
+        muon_lr: learning rate of Muon, > 0; updates are scaled to the root mean square of AdamW's (`adjust_lr_fn="match_rms_adamw"`), so a good one is
+            near AdamW's or a few times that.
+        weight_decay: of matrices and embeddings; vectors (norms, biases) are not decayed.
+        betas, eps: of AdamW.
+        momentum: of Muon.
+
+    Memory: one tensor of each matrix's size for Muon, two of each other parameter's for AdamW.
+
+    Raises:
+        ValueError: the body has no linear layer that is trained.
+
+    Source: Jordan et al., Muon (2024); Liu et al., arXiv 2502.16982, for the scale of the updates.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        muon_lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        momentum: float = 0.95,
+    ) -> None:
+        body = getattr(model, "base_model", model)
+        matrices = {module.weight: None for module in body.modules() if isinstance(module, nn.Linear) and module.weight.requires_grad}
+        if not matrices:
+            raise ValueError("Muon needs linear layers to train, the model's body has none (convolutions are not matrices); use AdamW")
+        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in matrices]
+        groups = [
+            {"params": [parameter for parameter in others if parameter.dim() > 1], "weight_decay": weight_decay},
+            {"params": [parameter for parameter in others if parameter.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.muon = torch.optim.Muon(
+            list(matrices), lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps)
+        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """The two optimizers work on this one's groups and state, so that schedules and checkpoints need to know of this one alone."""
+        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.state = self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+
+def optimizers(model: nn.Module, args: Any) -> tuple[torch.optim.Optimizer | None, None]:
+    """`Trainer(optimizers=...)` of training arguments with a field `muon_learning_rate`: `MuonAdamW`, or where it is None whatever `args.optim` names."""
+    if args.muon_learning_rate is None:
+        return None, None
+    betas = (args.adam_beta1, args.adam_beta2)
+    return MuonAdamW(model, args.learning_rate, args.muon_learning_rate, args.weight_decay, betas, args.adam_epsilon), None
