@@ -1,4 +1,4 @@
-"""Muon for the matrices of a model, AdamW for the rest, as one optimizer like any other for Trainer, schedules and checkpoints. It does not travel to the Hub."""
+"""Muon for the matrices of a model, AdamW for the rest, as one optimizer like any other for Trainer, schedules and checkpoints. Stays off the Hub."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,0 +1,144 @@
+"""Muon and AdamW as one optimizer: which parameters each has, the same updates as the two by themselves, schedules, checkpoints, resumed runs."""
+
+import copy
+import importlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForTokenClassification
+
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig
+from revdeq_hf.optimizers import MuonAdamW
+
+SIZES = dict(vocab_size=40, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+
+
+def looped(**settings) -> RevDEQForCausalLM:
+    torch.manual_seed(0)
+    return RevDEQForCausalLM(RevDEQConfig(**SIZES, max_steps=2, **settings))
+
+
+def names(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if any(parameter is other for other in parameters)}
+
+
+def update(model: torch.nn.Module, *optimizers: torch.optim.Optimizer, seed: int) -> None:
+    ids = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(seed))
+    model(ids, labels=ids).loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad()
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_matrices_of_the_body_are_muons_and_each_parameter_has_one_place():
+    model = looped(num_prelude_layers=1)
+    model.model.solve.block.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    optimizer = MuonAdamW(model, 1e-3, 1e-2, weight_decay=0.1)
+    matrices = names(model, optimizer.muon.param_groups[0]["params"])
+    assert all(name.endswith("proj.weight") for name in matrices)
+    assert {name.split(".")[1] for name in matrices} == {"solve", "prelude"}
+    assert "model.solve.block.layers.0.mlp.up_proj.weight" not in matrices
+    decayed, plain = optimizer.adamw.param_groups
+    assert names(model, decayed["params"]) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len({id(parameter) for parameter in held}) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_updates_are_those_of_torchs_two():
+    model, other = looped(), looped()
+    both = MuonAdamW(model, 1e-3, 1e-2, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+    matrices = [p for name, p in other.named_parameters() if name in names(model, both.param_groups[0]["params"])]
+    muon = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    rest = [p for p in other.parameters() if all(p is not matrix for matrix in matrices)]
+    groups = [
+        {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.9), eps=1e-6)
+    start = copy.deepcopy(model)
+    for seed in range(4):
+        update(model, both, seed=seed)
+        update(other, muon, adamw, seed=seed)
+        assert same(model, other)
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+
+
+def test_a_schedule_moves_both_rates_and_a_state_goes_on_where_it_was():
+    model = looped()
+    optimizer = MuonAdamW(model, 1e-3, 1e-2)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for seed in range(3):
+        update(model, optimizer, seed=seed)
+        schedule.step()
+    assert [group["lr"] for group in (*optimizer.muon.param_groups, *optimizer.adamw.param_groups)] == pytest.approx(
+        [2.5e-3, 2.5e-4, 2.5e-4]
+    )
+    other = copy.deepcopy(model)
+    resumed = MuonAdamW(other, 1.0, 1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in (3, 4):
+        update(model, optimizer, seed=seed)
+        update(other, resumed, seed=seed)
+    assert same(model, other)
+
+
+def test_a_closure_is_called_once_and_its_loss_returned():
+    model, calls = looped(), []
+
+    def closure() -> float:
+        calls.append(1)
+        ids = torch.arange(12)[None]
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        return loss.item()
+
+    assert MuonAdamW(model, 1e-3, 1e-2).step(closure) > 0
+    assert len(calls) == 1
+
+
+def test_explicit_models_too_and_networks_without_matrices_are_told():
+    model = LlamaForTokenClassification(LlamaConfig(**SIZES, num_hidden_layers=2, num_labels=3))
+    matrices = names(model, MuonAdamW(model, 1e-3, 1e-2).muon.param_groups[0]["params"])
+    assert len(matrices) == 2 * 7
+    assert not any("score" in name or "embed" in name for name in matrices)
+    images = RevDEQForImageClassification(RevDEQVisionConfig(hidden_sizes=[16], expansion_ratios=[1]))
+    with pytest.raises(ValueError, match="needs linear layers to train, the model's body has none"):
+        MuonAdamW(images, 1e-3, 1e-2)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
+    language = importlib.import_module("train_language")
+    (tmp_path / "text.txt").write_text("".join(f"{number} and {number * 7 % 13}\n" for number in range(400)))
+    flags = [
+        "--train_file",
+        str(tmp_path / "text.txt"),
+        "--vocab_size",
+        "270",
+        "--block_size",
+        "16",
+        "--hidden_size",
+        "16",
+        "--intermediate_size",
+        "32",
+    ]
+    flags += ["--muon_learning_rate", "0.02", "--max_steps", "6", "--save_steps", "3", "--logging_steps", "1", "--sample_tokens", "0"]
+    flags += ["--report_to", "none", "--disable_tqdm", "true", "--output_dir"]
+    language.main([*flags, str(tmp_path / "whole")])
+    again = tmp_path / "again"
+    language.main([*flags, str(again), "--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-3")])
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", again))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    language.main([*flags, str(tmp_path / "adamw"), "--muon_learning_rate", "1e-3"])
+    changed = load_file(tmp_path / "adamw" / "model.safetensors")
+    assert not all(torch.equal(value, changed[name]) for name, value in one.items())
+    history = json.loads((again / "trainer_state.json").read_text())["log_history"]
+    assert history[-1]["step"] == 6
