@@ -77,11 +77,12 @@ PROBLEMS = {
         flags=dict(hidden_size=96, learning_rate=2e-3, train_steps=[4, 12], max_steps=4000),
     ),
     "permutations": Problem(
-        *(permutations, 16, [16, 32, 64, 128], [8, 16, 32, 64, 128], 32),
+        *(permutations, 16, [16, 32, 64, 128], [8, 16, 32, 64, 128, 256], 32),
         train_count=40_000,
         tokens=dict(vocab_size=2, num_labels=120, use_cache=False),
         collate=collate_words,
-        flags=dict(hidden_size=64, learning_rate=4e-3, muon_learning_rate=0.015, train_steps=[8, 16], max_steps=2000),
+        test_damping=0.5,
+        flags=dict(hidden_size=64, learning_rate=3e-3, muon_learning_rate=0.01, adam_beta2=0.98, train_steps=[8, 16], max_steps=1600),
     ),
 }
 
@@ -109,7 +110,7 @@ class ProblemArguments:
     test_damping: float | None = field(
         default=None,
         metadata={
-            "help": "Damping in the tests, which changes no fixed point and lets more of them be found. Default: 0.5 for mazes, else that of the training."
+            "help": "Damping in the tests, which changes no fixed point and lets more of them be found. Default: 0.5 for mazes and permutations, else that of the training."
         },
     )
     problem_seed: int = field(default=1, metadata={"help": "Seed of the problems."})
