@@ -71,7 +71,7 @@ class Recipe:
         variants: flags that differ, by the variant's name; None takes a shared flag away. `script` may be among them.
         evaluation: flags of evaluate.py; None: the script evaluates by itself.
         seeds: those to run.
-        columns: of the table, by their heading: a path into a results file, such as `test.perplexity`, see `at`.
+        columns: of the table, by their heading: a path into a results file, such as `test.perplexity` or `peak_memory_bytes/1e6`, see `at`.
         search: values of flags that `--search` tries for every variant, with seed 0; what it found is written into `variants` by hand.
         search_arguments: flags of the search alone, such as `eval_split: held_out`, so that nothing is chosen by the test data.
         search_by: path of the figure to compare, the smaller the better.
@@ -296,28 +296,32 @@ def at(record: Any, path: str) -> Any:
     return at(record, others) if found is None and others else found
 
 
+def measured(record: dict[str, Any], path: str) -> Any:
+    """What stands at a path, in another unit for `path/1e6`."""
+    path, _, unit = path.partition("/")
+    value = at(record, path)
+    return value / float(unit) if unit and value is not None else value
+
+
 def summary(values: list[Any]) -> str:
-    """Mean and sample standard deviation; nothing where nothing was measured."""
+    """Mean with four digits, and the sample standard deviation to the same place; nothing where nothing was measured."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return ""
-    if all(value == numbers[0] for value in numbers):
-        return shortened(numbers[0])
-    spread = f" \u00b1 {shortened(statistics.stdev(numbers), 2)}" if len(numbers) > 1 else ""
-    return f"{shortened(statistics.mean(numbers))}{spread}"
-
-
-def shortened(value: float, digits: int = 4) -> str:
-    if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e6):
-        return f"{int(value):,}"
-    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
+    mean = statistics.mean(numbers)
+    if len(set(numbers)) == 1 and float(mean).is_integer():
+        return f"{int(mean):,}"
+    places = max(0, 3 - math.floor(math.log10(abs(mean)))) if mean else 4
+    if len(set(numbers)) == 1:
+        return f"{mean:,.{places}f}"
+    return f"{mean:,.{places}f} \u00b1 {statistics.stdev(numbers):,.{places}f}"
 
 
 def table(recipe: Recipe, folder: Path) -> str:
     """Markdown: a row for each variant, mean and standard deviation over its seeds, and the commits that its runs were of."""
     lines = [f"| variant | {' | '.join(recipe.columns)} | seeds | commit |", f"|{'---|' * (len(recipe.columns) + 3)}"]
     for variant, records in kept(recipe, folder).items():
-        cells = [summary([at(record, path) for record in records]) for path in recipe.columns.values()]
+        cells = [summary([measured(record, path) for record in records]) for path in recipe.columns.values()]
         commits = dict.fromkeys(
             record.get("commit", "")[:7] + ("-dirty" if "dirty" in record.get("commit", "") else "") for record in records
         )

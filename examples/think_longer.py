@@ -110,7 +110,7 @@ class ProblemArguments:
     test_damping: float | None = field(
         default=None,
         metadata={
-            "help": "Damping in the tests, which changes no fixed point and lets more of them be found. Default: 0.5 for mazes and permutations, else that of the training."
+            "help": "Damping in the tests, which changes no fixed point and lets more be found. Default: 0.5 for mazes and permutations, else the training's."
         },
     )
     problem_seed: int = field(default=1, metadata={"help": "Seed of the problems."})

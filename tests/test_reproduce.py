@@ -269,8 +269,14 @@ def test_end_to_end(run, monkeypatch, capsys):
 
 
 def test_tables_say_mean_and_deviation():
-    assert reproduce.summary([1.0, 2.0, 3.0]) == "2 \u00b1 1"
-    assert reproduce.summary([0.12345, 0.12347]) == "0.1235 \u00b1 1.4e-05"
+    assert reproduce.summary([1.0, 2.0, 3.0]) == "2.000 \u00b1 1.000"
+    assert reproduce.summary([0.12345, 0.12987]) == "0.1267 \u00b1 0.0045"
+    assert reproduce.summary([0.5]) == "0.5000"
+    assert reproduce.summary([150.0, 160.5]) == "155.2 \u00b1 7.4"
+    assert reproduce.summary([887136256 / 1e6, 900e6 / 1e6]) == "893.6 \u00b1 9.1"
+    assert reproduce.summary([0.0, 1.0]) == "0.5000 \u00b1 0.7071"
+    assert reproduce.measured({"a": {"b": 2_500_000}}, "a.b/1e6") == 2.5
+    assert reproduce.measured({}, "a.b/1e6") is None
     assert reproduce.summary([5, 5]) == "5"
     assert reproduce.summary([12345678]) == "12,345,678"
     assert reproduce.summary([None, None]) == ""
