@@ -223,7 +223,7 @@ class Run:
             print("+", shown(command), flush=True)
             subprocess.run([sys.executable, *command], check=True)
         self.results.parent.mkdir(parents=True, exist_ok=True)
-        self.results.write_text(json.dumps(self.record(), indent=1) + "\n", encoding="utf-8")
+        self.results.write_text(readable(self.record()), encoding="utf-8")
 
     def record(self) -> dict[str, Any]:
         """What the results file says."""
@@ -238,20 +238,30 @@ class Run:
         run = found.pop("run")
         run.pop("weights", None)
         protocol = measured.get("protocol", {})
-        return {
-            "recipe": self.recipe.name,
-            "variant": self.variant,
-            "seed": self.seed,
-            "scale": self.scale,
-            "command": run.pop("command"),
-            **run,
-            **{name: value for name, value in compact(found).items() if name not in ("convergence", "stages")},
-            "losses": losses[keep - 1 :: keep],
-            "evaluation": {**measured.get("results", {}), **measured.get("solve", {})},
-            "steps_curve": measured.get("steps_curve", []),
-            "residual_per_step": measured.get("residual_per_step", {}),
-            "protocol": {name: value for name, value in protocol.items() if not isinstance(value, dict)},
-        }
+        return compact(
+            {
+                "recipe": self.recipe.name,
+                "variant": self.variant,
+                "seed": self.seed,
+                "scale": self.scale,
+                "command": run.pop("command"),
+                **run,
+                **{name: value for name, value in found.items() if name not in ("convergence", "stages")},
+                "losses": losses[keep - 1 :: keep],
+                "evaluation": {**measured.get("results", {}), **measured.get("solve", {})},
+                "steps_curve": measured.get("steps_curve", []),
+                "residual_per_step": measured.get("residual_per_step", {}),
+                "protocol": {name: value for name, value in protocol.items() if not isinstance(value, dict)},
+            }
+        )
+
+
+def readable(record: dict[str, Any]) -> str:
+    """JSON whose lists of numbers take a line each."""
+    text = json.dumps(record, indent=1)
+    for _ in range(2):  # lists, then lists of these
+        text = re.sub(r"\[\n((?:[^\[\]{}]|\[[^\[\]{}\n]*\])*?)\n *\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    return text + "\n"
 
 
 def compact(found: Any) -> Any:

@@ -268,6 +268,13 @@ def test_end_to_end(run, monkeypatch, capsys):
 # --- tables ---
 
 
+def test_results_files_are_readable_and_hold_the_same():
+    record = {"losses": [[1, 2.5], [2, 2.0]], "curve": [{"max_steps": 1, "loss": 3.0}], "text": "a [ b ]", "empty": []}
+    text = reproduce.readable(record)
+    assert json.loads(text) == record
+    assert ' "losses": [[1, 2.5], [2, 2.0]],\n' in text
+
+
 def test_tables_say_mean_and_deviation():
     assert reproduce.summary([1.0, 2.0, 3.0]) == "2.000 \u00b1 1.000"
     assert reproduce.summary([0.12345, 0.12987]) == "0.1267 \u00b1 0.0045"
