@@ -73,8 +73,9 @@ def prefix_sums(count: int, bits: int, seed: int, split: str = "train") -> Datas
 
 # --- permutations ---
 
-SEEN = 4  # letters that a letter attends to, itself included
+SEEN = 4  # places that a letter attends to, its own included
 LETTERS = ((1, 0, 2, 3, 4), (1, 2, 3, 4, 0))  # a swap and a cycle, which together make all 120 permutations of five things
+BEGIN = len(LETTERS)
 
 
 @cache
@@ -89,8 +90,9 @@ def permutations(count: int, length: int, seed: int, split: str = "train") -> Da
     """Words of `length` letters, each letter one of two permutations of five things; the label of each place is their product so far, one of 120.
 
     The word problem of the group S5: since the group is not solvable, no network of fixed depth is believed to solve it at every length (Barrington's theorem;
-    Merrill, Petty and Sabharwal, arXiv 2404.08819). `input_ids` (length), 0 or 1; `labels` (length), 0 to 119. There are 2^length words, of which test
-    and train split all, so `length` is at least 12.
+    Merrill, Petty and Sabharwal, arXiv 2404.08819). `input_ids` (1 + length): `BEGIN`, whose label is the identity, then letters 0 or 1; `labels` (1 + length),
+    0 to 119. Without a start a letter that repeats could not tell whether it is the first. There are 2^length words, of which test and train split all, so
+    `length` is at least 12.
     """
     if length < 12:
         raise ValueError(f"length must be at least 12 (there are only 2^length words), got {length}")
@@ -98,15 +100,15 @@ def permutations(count: int, length: int, seed: int, split: str = "train") -> Da
     def draw(numbers: random.Random) -> dict[str, Any]:
         letters = [numbers.randrange(len(LETTERS)) for _ in range(length)]
         places = itertools.accumulate(letters, lambda before, letter: int(products()[before, letter]), initial=0)
-        return {"given": bytes(letters), "input_ids": letters, "labels": list(places)[1:]}
+        return {"given": bytes(letters), "input_ids": [BEGIN, *letters], "labels": list(places)}
 
     return _dataset(draw, count, seed, split)
 
 
 def collate_words(rows: list[dict[str, Any]]) -> Batch:
-    """A batch for a causal token classifier: `input_ids` and `labels`, (words, length); `attention_mask` (words, 1, length, length).
+    """A batch for a causal token classifier: `input_ids` and `labels`, (words, 1 + length); `attention_mask` (words, 1, places, places).
 
-    Each letter sees itself and the three before it, at any length, so that longer words differ from short ones in nothing but the depth they need: attention
+    Each place sees itself and the three before it, at any length, so that longer words differ from short ones in nothing but the depth they need: attention
     over a whole word does worse on words longer than those of the training for a reason of its own, distances that it has not met.
     """
     batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}

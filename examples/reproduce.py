@@ -295,12 +295,12 @@ def kept(recipe: Recipe, folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def at(record: Any, path: str) -> Any:
-    """What stands at a path `name.name`, or else at the next of several, `path|path`; None if nothing. Of rows that whose first value is so named."""
+    """What stands at a path `name.name`, or else at the next of several, `path|path`; None if nothing. Of rows the last whose first value is so named."""
     first, _, others = path.partition("|")
     found = record
     for name in first.split("."):
         if isinstance(found, list):
-            found = next((row for row in found if str(next(iter(row.values()))) == name), None)
+            found = next((row for row in reversed(found) if str(next(iter(row.values()))) == name), None)
         elif isinstance(found, dict):
             found = found.get(name)
     return at(record, others) if found is None and others else found

@@ -79,10 +79,10 @@ PROBLEMS = {
     "permutations": Problem(
         *(permutations, 16, [16, 32, 64, 128], [8, 16, 32, 64, 128, 256], 32),
         train_count=40_000,
-        tokens=dict(vocab_size=2, num_labels=120, use_cache=False),
+        tokens=dict(vocab_size=3, num_labels=120, use_cache=False),
         collate=collate_words,
         test_damping=0.5,
-        flags=dict(hidden_size=64, learning_rate=3e-3, muon_learning_rate=0.01, adam_beta2=0.98, train_steps=[8, 16], max_steps=1600),
+        flags=dict(hidden_size=64, learning_rate=3e-3, muon_learning_rate=0.01, adam_beta2=0.98, train_steps=[8, 16], max_steps=1200),
     ),
 }
 

@@ -48,18 +48,20 @@ def test_permutations(problems):
     seen = set()
     for row in problems.permutations(60, 40, seed=0):
         things = list("abcde")
-        for letter, label in zip(row["input_ids"], row["labels"], strict=True):
+        start, *letters = row["input_ids"]
+        assert (start, row["labels"][0]) == (2, 0)  # no letter
+        for letter, label in zip(letters, row["labels"][1:], strict=True):
             things = [things[place] for place in problems.LETTERS[letter]]
             assert label == list(itertools.permutations("abcde")).index(tuple(things))
             seen.add(label)
     assert seen == set(range(120))
     batch = problems.collate_words(list(problems.permutations(3, 12, seed=0)))
     assert {name: (tuple(part.shape), part.dtype) for name, part in batch.items()} == {
-        "input_ids": ((3, 12), torch.int64),
-        "labels": ((3, 12), torch.int64),
-        "attention_mask": ((3, 1, 12, 12), torch.bool),
+        "input_ids": ((3, 13), torch.int64),
+        "labels": ((3, 13), torch.int64),
+        "attention_mask": ((3, 1, 13, 13), torch.bool),
     }
-    assert batch["attention_mask"][0, 0].sum(1).tolist() == [1, 2, 3, 4, 4, 4, 4, 4, 4, 4, 4, 4]
+    assert batch["attention_mask"][0, 0].sum(1).tolist() == [1, 2, 3, *[4] * 10]
     assert not batch["attention_mask"][0, 0].triu(1).any()
 
 

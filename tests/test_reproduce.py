@@ -294,6 +294,7 @@ def test_tables_say_mean_and_deviation():
     assert reproduce.at(rows, "steps_curve.4.loss") == 2.0
     assert reproduce.at(rows, "steps_curve.16.loss") is None
     assert reproduce.at(rows, "adaptive.9, odd.exact") == 1
+    assert reproduce.at({"curve": [{"size": 9, "steps": 2, "exact": 0}, {"size": 9, "steps": 4, "exact": 1}]}, "curve.9.exact") == 1
     assert reproduce.at(rows, "nothing.at.all") is None
     assert reproduce.at(rows, "nothing.at.all|steps_curve.4.loss") == 2.0
 
