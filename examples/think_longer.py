@@ -160,7 +160,10 @@ class ThinkingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: the collator takes what it needs."})
     muon_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of Muon for the matrices; AdamW has the rest. Default: AdamW alone."}
+        default=None,
+        metadata={
+            "help": "Peak learning rate of Muon for the matrices; AdamW has the rest. 0: AdamW alone; default: so, but for permutations."
+        },
     )
 
 

@@ -159,7 +159,7 @@ class LanguageTrainingArguments(TrainingArguments):
     save_steps: float = field(default=200, metadata={"help": "Updates between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     muon_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of Muon for the matrices; AdamW has the rest. Default: AdamW alone."}
+        default=None, metadata={"help": "Peak learning rate of Muon for the matrices; AdamW has the rest. Default or 0: AdamW alone."}
     )
     dataloader_pin_memory: bool = field(default=torch.accelerator.is_available(), metadata={"help": "Pin host memory for faster copies."})
     report_to: str = field(

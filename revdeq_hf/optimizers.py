@@ -77,8 +77,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def optimizers(model: nn.Module, args: Any) -> tuple[torch.optim.Optimizer | None, None]:
-    """`Trainer(optimizers=...)` of training arguments with a field `muon_learning_rate`: `MuonAdamW`, or where it is None whatever `args.optim` names."""
-    if args.muon_learning_rate is None:
+    """`Trainer(optimizers=...)` of training arguments with a field `muon_learning_rate`: `MuonAdamW`, or if that is None or 0 whatever `args.optim` names."""
+    if not args.muon_learning_rate:
         return None, None
     betas = (args.adam_beta1, args.adam_beta2)
     return MuonAdamW(model, args.learning_rate, args.muon_learning_rate, args.weight_decay, betas, args.adam_epsilon), None
