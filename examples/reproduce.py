@@ -53,6 +53,7 @@ FOR_ACCELERATORS = (
     "bf16",
     "torch_compile",
 )  # left out on a CPU, where half precision is emulated and compiling takes longer than a smoke run
+OF_EXAMPLES = ("residuals", "right", "steps_taken", "difficulty")  # lists of think_longer.py with an entry for each problem
 CURVE_POINTS = 40  # of the training loss that a results file keeps
 
 Settings = dict[str, Any]
@@ -215,15 +216,35 @@ class Run:
         return found
 
     def do(self) -> None:
-        """Trains (on from the last checkpoint, if there is one), evaluates, writes the results file."""
+        """Trains (on from the last checkpoint, if there is one), evaluates, writes the results file.
+
+        Raises:
+            SystemExit: a command failed, or the folder holds a run with other settings.
+        """
         train, *evaluation = self.commands
-        if self.folder.is_dir() and last_whole_checkpoint(self.folder):
+        finished = self.folder / "results.json"
+        if finished.exists():
+            before = json.loads(finished.read_text(encoding="utf-8"))["run"]["command"]
+            if before.removesuffix(" --resume_from_checkpoint true") != shown(train):
+                raise SystemExit(
+                    f"{self.folder} holds a run of other settings; delete it or name another folder with --runs. It was\n  {before}"
+                )
+        elif self.folder.is_dir() and last_whole_checkpoint(self.folder):
             train = [*train, "--resume_from_checkpoint", "true"]
-        for command in ([train] if not (self.folder / "results.json").exists() else []) + evaluation:
+        for command in ([] if finished.exists() else [train]) + evaluation:
+            if command is not train and self.diverged:
+                print(f"{self.folder}: the loss is not finite, so nothing is evaluated")
+                break
             print("+", shown(command), flush=True)
-            subprocess.run([sys.executable, *command], check=True)
+            if code := subprocess.run([sys.executable, *command], check=False).returncode:
+                raise SystemExit(f"that command failed ({code}); once its cause is mended, the same recipe goes on from here")
         self.results.parent.mkdir(parents=True, exist_ok=True)
         self.results.write_text(readable(self.record()), encoding="utf-8")
+
+    @property
+    def diverged(self) -> bool:
+        found = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+        return not math.isfinite(found.get("validation_loss", found.get("loss", found.get("train_loss"))))
 
     def record(self) -> dict[str, Any]:
         """What the results file says."""
@@ -244,6 +265,7 @@ class Run:
                 "variant": self.variant,
                 "seed": self.seed,
                 "scale": self.scale,
+                "diverged": self.diverged,
                 "command": run.pop("command"),
                 **run,
                 **{name: value for name, value in found.items() if name not in ("convergence", "stages")},
@@ -265,12 +287,14 @@ def readable(record: dict[str, Any]) -> str:
 
 
 def compact(found: Any) -> Any:
-    """Without the long lists of single examples, and floats with six digits."""
+    """Without the figures of single examples, floats with six digits, and None for what is not finite."""
     if isinstance(found, dict):
-        return {name: compact(value) for name, value in found.items() if not (isinstance(value, list) and len(value) > 200)}
+        return {name: compact(value) for name, value in found.items() if name not in OF_EXAMPLES}
     if isinstance(found, list):
         return [compact(value) for value in found]
-    return float(f"{found:.6g}") if isinstance(found, float) and math.isfinite(found) else found
+    if isinstance(found, float):
+        return float(f"{found:.6g}") if math.isfinite(found) else None
+    return found
 
 
 def shown(command: list[str]) -> str:
@@ -332,10 +356,12 @@ def table(recipe: Recipe, folder: Path) -> str:
     lines = [f"| variant | {' | '.join(recipe.columns)} | seeds | commit |", f"|{'---|' * (len(recipe.columns) + 3)}"]
     for variant, records in kept(recipe, folder).items():
         cells = [summary([measured(record, path) for record in records]) for path in recipe.columns.values()]
+        diverged = sum(record.get("diverged", False) for record in records)
+        named = f"{variant} (diverged in {diverged} of {len(records)})" if diverged else variant
         commits = dict.fromkeys(
             record.get("commit", "")[:7] + ("-dirty" if "dirty" in record.get("commit", "") else "") for record in records
         )
-        lines.append(f"| {variant} | {' | '.join(cells)} | {len(records)} | {', '.join(commits)} |")
+        lines.append(f"| {named} | {' | '.join(cells)} | {len(records)} | {', '.join(commits)} |")
     return "\n".join(lines)
 
 
@@ -367,7 +393,10 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
                 x, *([pick(column) for column in zip(*values, strict=True)] for pick in (min, max)), alpha=0.2, color=style["color"], lw=0
             )
 
-    for number, (variant, records) in enumerate(kept(recipe, folder).items()):
+    for number, (variant, every) in enumerate(kept(recipe, folder).items()):
+        records = [record for record in every if not record.get("diverged")]
+        if not records:
+            continue
         style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10], "label": variant}
         line(loss, [record["losses"] for record in records], **style)
         if "curve" in records[0]:
@@ -392,7 +421,8 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     loss.set(xlabel="update", ylabel="loss in training", title="Training")
     quality.set(title=recipe.title)
     quality.xaxis.set_major_formatter("{x:g}")
-    quality.legend(fontsize="small")
+    if quality.lines:
+        quality.legend(fontsize="small")
     for axes in (quality, loss):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)

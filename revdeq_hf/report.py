@@ -110,7 +110,7 @@ def plot_runs(runs: Sequence[Run], path: "str | os.PathLike") -> None:
     drifts = [value for run in runs for value in run.values("drift")]
     shares = [statistics.median(run.values("mfu")) for run in runs if run.values("mfu")]
     loss.set(ylabel="loss", title="Loss")
-    residual.set(ylabel="relative residual", yscale="log", title="Residual in training")
+    residual.set(ylabel="relative residual", title="Residual in training")
     steps.set(ylabel="a solve", title="Steps", ylim=(0, None))
     exact = "" if not drifts else ": 0, every gradient exact" if not any(drifts) else f": up to {max(drifts):g}"
     drift.set(ylabel="since the last log", title=f"Drift{exact}")
@@ -118,7 +118,12 @@ def plot_runs(runs: Sequence[Run], path: "str | os.PathLike") -> None:
     speed.set(ylabel="per second", title=f"Throughput{used}", ylim=(0, None))
     for axes in (loss, residual, steps, drift, speed):
         axes.set_xlabel("update")
-    convergence.set(xlabel="step of the solve", ylabel="relative residual", yscale="log", title="Convergence after training")
+    convergence.set(xlabel="step of the solve", ylabel="relative residual", title="Convergence after training")
+    logged = [value for run in runs for key in ("residual", "residual_max") for value in run.values(key)]
+    ended = [value for run in runs for values in run.convergence.values() for value in values]
+    for axes, values in ((residual, logged), (convergence, ended)):
+        if any(value > 0 for value in values):  # of a run that diverged none may be a number
+            axes.set_yscale("log")
     for axes in (loss, residual, steps, drift, speed, convergence):
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -115,6 +115,15 @@ def test_tensorboard_has_the_figures(tmp_path):
     assert {"train/drift", "train/tokens_per_second", "train/solver_steps"} <= set(events.Tags()["scalars"])
 
 
+def test_a_run_that_diverged_is_drawn(tmp_path):
+    nan = float("nan")
+    run = Run(
+        "diverged", [{"step": 1, "loss": nan, "residual": nan, "residual_max": nan}], convergence={"solve": [nan, nan]}, trained_steps=4
+    )
+    plot_runs([run], tmp_path / "diverged.png")
+    assert (tmp_path / "diverged.png").stat().st_size > 10_000
+
+
 def test_seconds_of_evaluation_are_not_seconds_of_training(tmp_path):
     class Slow(TrainerCallback):
         def on_evaluate(self, args, state, control, **kwargs):

@@ -260,6 +260,15 @@ def test_end_to_end(run, monkeypatch, capsys):
     again = json.loads((run / "results" / "tiny" / "looped-seed3.json").read_text())
     assert again["evaluation"]["loss"] == record["evaluation"]["loss"]
 
+    (run / "results" / "tiny" / "looped-seed3.json").unlink()
+    with pytest.raises(SystemExit, match="holds a run of other settings; delete it or name another folder"):
+        reproduce.main(["tiny", *places, "--variants", "looped", "--learning_rate", "0.1"])
+    with pytest.raises(SystemExit, match="that command failed"):
+        reproduce.main(["tiny", *places, "--seeds", "4", "--variants", "looped", "--beta", "1"])
+    capsys.readouterr()
+    reproduce.main(["tiny", *places, "--variants", "looped"])  # only evaluated again
+    assert "train_language" not in capsys.readouterr().out
+
     reproduce.main(["tiny", *places, "--plot", str(run / "tiny.png")])
     assert (run / "tiny.png").stat().st_size > 10_000
     assert AutoTokenizer.from_pretrained(folder)
@@ -297,6 +306,25 @@ def test_tables_say_mean_and_deviation():
     assert reproduce.at({"curve": [{"size": 9, "steps": 2, "exact": 0}, {"size": 9, "steps": 4, "exact": 1}]}, "curve.9.exact") == 1
     assert reproduce.at(rows, "nothing.at.all") is None
     assert reproduce.at(rows, "nothing.at.all|steps_curve.4.loss") == 2.0
+
+
+def test_a_run_that_diverged_is_told(run, monkeypatch, tmp_path):
+    """No evaluation, which would refuse it; None in the file, a word in the table, no line in the picture."""
+    monkeypatch.setattr(reproduce, "RECIPES", run)
+    folder = tmp_path / "runs" / "tiny" / "looped-seed3"
+    folder.mkdir(parents=True)
+    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda *_, **__: pytest.fail("nothing is to be run"))
+    train = reproduce.Run(reproduce.load("tiny"), "looped", 3, 1.0, folder, tmp_path / "results", {}, False).commands[0]
+    found = {"validation_loss": float("nan"), "greatest_drift": 0.0, "run": {"command": reproduce.shown(train), "commit": "0" * 40}}
+    (folder / "results.json").write_text(json.dumps(found))
+    reproduce.main(["tiny", *places, "--variants", "looped"])
+    record = json.loads((tmp_path / "results" / "tiny" / "looped-seed3.json").read_text())
+    assert record["diverged"] is True
+    assert record["validation_loss"] is None
+    shown = reproduce.table(reproduce.load("tiny"), tmp_path / "results")
+    assert "| looped (diverged in 1 of 1) |  |  | 0 |  | 1 | 0000000 |" in shown
+    reproduce.main(["tiny", *places, "--plot", str(tmp_path / "tiny.png")])
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
