@@ -214,7 +214,7 @@ def run(tmp_path_factory):
         },
         "evaluation": {"curve_steps": [1, 3], "batch_size": 64},
         "columns": {"loss": "evaluation.loss", "at 3": "steps_curve.3.loss", "drift": "greatest_drift", "nothing": "a.b"},
-        "variants": {"looped": {}, "llama, one": {"model_type": "llama", "num_hidden_layers": 1}},
+        "variants": {"looped": {}},
     }
     (folder / "tiny.yaml").write_text(json.dumps(recipe))
     return folder
@@ -236,15 +236,12 @@ def test_end_to_end(run, monkeypatch, capsys):
     assert record["data_sha256"].keys() == {"train", "validation", "test"}
     assert record["protocol"]["data_sha256"] == record["data_sha256"]["test"]
     assert record["command"].startswith("python examples/train_language.py --train_file")
-    assert {"commit", "device", "versions", "train_seconds", "peak_memory_bytes", "parameters"} <= record.keys()
-    explicit = json.loads((run / "results" / "tiny" / "llama__one-seed3.json").read_text())
-    assert explicit["steps_curve"] == []
-    loss = f"{record['evaluation']['loss']:.4g}"
-    assert f"| looped | {loss} | " in shown
-    assert f"| llama, one | {explicit['evaluation']['loss']:.4g} |  |  |  | 1 |" in shown
+    assert {"device", "versions", "train_seconds", "peak_memory_bytes", "parameters"} <= record.keys()
+    loss, later = (f"{figures['loss']:.3f}" for figures in (record["evaluation"], record["steps_curve"][1]))
+    assert f"| looped | {loss} | {later} | 0 |  | 1 | {record.get('commit', '')[:7]}" in shown
 
     reproduce.main(["tiny", *places])  # nothing is done twice
-    assert capsys.readouterr().out.count("is there") == 2
+    assert "is there" in capsys.readouterr().out
 
     # a run that was interrupted in its training goes on from its checkpoint, with the same result
     (run / "results" / "tiny" / "looped-seed3.json").unlink()
@@ -262,11 +259,11 @@ def test_end_to_end(run, monkeypatch, capsys):
 
     (run / "results" / "tiny" / "looped-seed3.json").unlink()
     with pytest.raises(SystemExit, match="holds a run of other settings; delete it or name another folder"):
-        reproduce.main(["tiny", *places, "--variants", "looped", "--learning_rate", "0.1"])
+        reproduce.main(["tiny", *places, "--learning_rate", "0.1"])
     with pytest.raises(SystemExit, match="that command failed"):
-        reproduce.main(["tiny", *places, "--seeds", "4", "--variants", "looped", "--beta", "1"])
+        reproduce.main(["tiny", *places, "--seeds", "4", "--beta", "1"])
     capsys.readouterr()
-    reproduce.main(["tiny", *places, "--variants", "looped"])  # only evaluated again
+    reproduce.main(["tiny", *places])  # only evaluated again
     assert "train_language" not in capsys.readouterr().out
 
     reproduce.main(["tiny", *places, "--plot", str(run / "tiny.png")])
