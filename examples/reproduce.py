@@ -399,15 +399,11 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
             continue
         style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10], "label": variant}
         line(loss, [record["losses"] for record in records], **style)
-        if "curve" in records[0]:
-            rows = "adaptive" if records[0]["adaptive"] else "curve"
-            line(
-                quality,
-                [[(float(str(row["size"]).split(",")[0]), 100 * row["exact"]) for row in record[rows]] for record in records],
-                marker="o",
-                **style,
-            )
-            quality.set(xlabel="size", ylabel="solved without a mistake (%)", xscale="log")
+        if "curve" in records[0]:  # of each size the most steps
+            at_last = [{row["size"]: 100 * row["labels"] for row in record["curve"]} for record in records]
+            line(quality, [list(sizes.items()) for sizes in at_last], marker="o", **style)
+            quality.set_xscale("log", base=2)
+            quality.set(xlabel="size", ylabel="right labels (%)")
         elif records[0]["steps_curve"]:
             key = "accuracy" if "accuracy" in records[0]["steps_curve"][0] else "loss"
             curves = [
