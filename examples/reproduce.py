@@ -402,7 +402,6 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
         if "curve" in records[0]:  # of each size the most steps
             at_last = [{row["size"]: 100 * row["labels"] for row in record["curve"]} for record in records]
             line(quality, [list(sizes.items()) for sizes in at_last], marker="o", **style)
-            quality.set_xscale("log", base=2)
             quality.set(xlabel="size", ylabel="right labels (%)")
         elif records[0]["steps_curve"]:
             key = "accuracy" if "accuracy" in records[0]["steps_curve"][0] else "loss"
@@ -410,12 +409,13 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
                 [(2 * most(row["max_steps"]), row[key]) for row in record["steps_curve"] if row[key] is not None] for record in records
             ]
             line(quality, curves, marker="o", **style)
-            quality.set(xlabel="evaluations of the block (of a stage)", ylabel=f"{key} on the test data", xscale="log")
+            quality.set(xlabel="evaluations of the block (of a stage)", ylabel=f"{key} on the test data")
         else:
             key = "accuracy" if "accuracy" in records[0]["evaluation"] else "loss"
             quality.axhline(statistics.mean(record["evaluation"][key] for record in records), **style)
     loss.set(xlabel="update", ylabel="loss in training", title="Training")
     quality.set(title=recipe.title)
+    quality.set_xscale("log", base=2)
     quality.xaxis.set_major_formatter("{x:g}")
     if quality.lines:
         quality.legend(fontsize="small")
