@@ -94,9 +94,8 @@ def test_a_flag_that_is_not_given_is_that_of_the_problem_s_best_run(think, tmp_p
     assert think.main(words[:at] + words[at + 2 :])["parameters"] == 19_586  # as docs/think_longer.md says
 
 
-@pytest.mark.parametrize("problem", ["prefix_sums", "mazes", "sudoku"])
-def test_explicit_stacks(think, tmp_path, problem):
-    size = 60 if problem == "sudoku" else 9
+@pytest.mark.parametrize(("problem", "size"), [("prefix_sums", 9), ("mazes", 9), ("sudoku", 60), ("permutations", 12)])
+def test_explicit_stacks(think, tmp_path, problem, size):
     results = think.main(
         flags(problem=problem, network="stack", depth=2, train_size=size, test_sizes=[size], output_dir=tmp_path / problem)
     )
@@ -147,7 +146,7 @@ def test_the_residual_in_the_loss(think, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(problem="chess"), "--problem must be one of prefix_sums, mazes, sudoku, got 'chess'"),
+        (dict(problem="chess"), "--problem must be one of prefix_sums, mazes, sudoku, permutations, got 'chess'"),
         (dict(network="transformer"), "--network must be equilibrium or stack, got 'transformer'"),
         (dict(network="stack", model_name_or_path="runs/x"), "takes an equilibrium network; a stack is trained from the start"),
         (dict(num_restarts=3), "num_restarts=3 from a start state of zero would find the same 3 times"),
