@@ -11,7 +11,7 @@ class MuonAdamW(torch.optim.Optimizer):
     """torch's Muon for the weights of the linear layers in the model's body, torch's AdamW for embeddings, heads, norms, biases and all else.
 
     A weight-tied block is used many times in one pass, so the gradients of its matrices are sums of many and dominated by few directions; Muon's
-    orthogonalised updates give all directions the same size. On the word problem of S5 the loop learns several times faster by it (docs/results.md).
+    orthogonalised updates give all directions the same size. What that is worth on the word problem of S5: docs/results.md. Not tried under FSDP.
 
     Args:
         model: a transformers model. Its body is `model.base_model`, so a task's head is not among the matrices.
