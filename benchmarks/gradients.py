@@ -17,7 +17,7 @@ import torch
 from common import keep
 from torch import nn
 
-from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint
+from revdeq_hf import FixedPointSolution, RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint
 
 
 def float_iteration(
@@ -89,9 +89,17 @@ class FloatSolve(nn.Module):
 
         if self.stored:
             _, z = float_iteration(call, x, self.beta, max_steps, self.wide)
-            return argparse.Namespace(z=z.to(x.dtype), steps=None, residual=None, step_residuals=None)
+            return self._solution(z.to(x.dtype), max_steps)
         z = FloatReversal.apply(call, x, self.beta, max_steps, self.wide, *self.block.parameters())
-        return argparse.Namespace(z=z, steps=None, residual=None, step_residuals=None)
+        return self._solution(z, max_steps)
+
+    @staticmethod
+    def _solution(z: torch.Tensor, steps: int) -> FixedPointSolution:
+        """As the layer returns it, so that the model finds every field; nothing was clamped, or looked at."""
+        none = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
+        return FixedPointSolution(
+            z=z, steps=none + steps, residual=None, evaluations=2 * steps, shapes=(z.shape,), clamped=none, nonfinite=none
+        )
 
 
 def text_batch(vocabulary: int, batch: int, length: int) -> torch.Tensor:

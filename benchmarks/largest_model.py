@@ -10,27 +10,31 @@ The paper's block, GPT-2's vocabulary, 32 sequences of 448 tokens, bfloat16 auto
 import argparse
 from functools import cache
 
+import torch
 from common import keep, kept
 
-from revdeq_hf import RevDEQConfig
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 from revdeq_hf.memory import plan_memory
 
 HEAD, BATCH, LENGTH, RESERVE = 64, 32, 448, 0.1
 MODES, STEPS, BUDGETS = ("reversible", "checkpoint", "backprop"), (4, 16), (8, 24)
 
 
+def config_of(width: int, steps: int) -> RevDEQConfig:
+    heads = width // HEAD
+    return RevDEQConfig.paper_wikitext103(
+        hidden_size=width, intermediate_size=4 * width, num_attention_heads=heads, max_steps=steps, tol=None
+    )
+
+
 @cache
 def peak(width: int, mode: str, steps: int) -> int:
-    config = RevDEQConfig.paper_wikitext103(
-        hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // HEAD, max_steps=steps, tol=None
-    )
-    return plan_memory(config, BATCH, LENGTH, precision="bf16", gradient=mode).peak
+    return plan_memory(config_of(width, steps), BATCH, LENGTH, precision="bf16", gradient=mode).peak
 
 
 def parameters(width: int) -> int:
-    """Embeddings, positions and head; attention without output bias, three linear layers, two norms."""
-    block = 4 * width**2 + 3 * width + 4 * width**2 * 2 + 16 * width**2 + 9 * width + 4 * width
-    return 2 * 50304 * width + LENGTH * width + block
+    with torch.device("meta"):
+        return RevDEQForCausalLM(config_of(width, 1)).num_parameters() if width else 0
 
 
 def widest(mode: str, steps: int, budget: int) -> int:

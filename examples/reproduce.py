@@ -4,7 +4,7 @@
     python examples/reproduce.py --list
     python examples/reproduce.py lm_wikitext2_small                       # every variant and seed that has no results file yet
     python examples/reproduce.py lm_wikitext2_small --table               # what has been measured, as Markdown; --plot draws it
-    python examples/reproduce.py image_cifar10_best --scale 0.01 --built_in_data   # a smoke run of minutes on two cores, without a network
+    python examples/reproduce.py image_cifar10_best --scale 0.01 --built_in_data   # a smoke run, without a network
     python examples/reproduce.py image_cifar10_small --train_dir cifar10/train --validation_dir cifar10/test
 
 A recipe is a YAML file in `recipes/`: `script`, `arguments` that all variants share, `variants` with what differs. Flags that are not known here go to the
@@ -49,10 +49,8 @@ MEASURED_DATA = (
     "bad_images",
 )
 OF_THE_SOURCE = ("tokenizer_name", "text_column", "image_column", "label_column")  # what makes no sense with other data
-FOR_ACCELERATORS = (
-    "bf16",
-    "torch_compile",
-)  # left out on a CPU, where half precision is emulated and compiling takes longer than a smoke run
+# left out on a CPU, where half precision is emulated and compiling takes longer than a smoke run
+FOR_ACCELERATORS = ("bf16", "torch_compile")
 OF_EXAMPLES = ("residuals", "right", "steps_taken", "difficulty")  # lists of think_longer.py with an entry for each problem
 CURVE_POINTS = 40  # of the training loss that a results file keeps
 
@@ -73,9 +71,7 @@ class Recipe:
         evaluation: flags of evaluate.py; None: the script evaluates by itself.
         seeds: those to run.
         columns: of the table, by their heading: a path into a results file, such as `test.perplexity` or `peak_memory_bytes/1e6`, see `at`.
-        search: values of flags that `--search` tries for every variant, with seed 0; what it found is written into `variants` by hand.
-        search_arguments: flags of the search alone, such as `eval_split: held_out`, so that nothing is chosen by the test data.
-        search_by: path of the figure to compare, the smaller the better.
+        search: values of flags that `--search` tries for every variant, with seed 0; the one of the least validation loss is written into `variants` by hand.
     """
 
     name: str
@@ -90,8 +86,6 @@ class Recipe:
     evaluation: Settings | None = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [1])
     search: dict[str, list] = field(default_factory=dict)
-    search_arguments: Settings = field(default_factory=dict)
-    search_by: str = "validation_loss"
 
     def settings(self, variant: str) -> tuple[str, Settings]:
         """Script and flags of a variant."""
@@ -487,8 +481,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = results / "search"
         for variant, values in itertools.product(chosen, combinations):
             tag = "-".join([slug(variant), *(f"{name}{value}" for name, value in values.items())])
-            settings = {**recipe.search_arguments, **values, **more}
-            runs.append(make_run(recipe, variant, 0, options, tag, results, settings))
+            runs.append(make_run(recipe, variant, 0, options, tag, results, {**values, **more}))
     else:
         for seed, variant in itertools.product(options.seeds or recipe.seeds, chosen):
             runs.append(make_run(recipe, variant, seed, options, f"{slug(variant)}-seed{seed}", results, more))
@@ -501,7 +494,7 @@ def main(arguments: list[str] | None = None) -> None:
             run.do()
     if options.search and not options.dry_run:
         for run in runs:
-            print(f"{run.results.stem}: {recipe.search_by} {at(json.loads(run.results.read_text(encoding='utf-8')), recipe.search_by):.4f}")
+            print(f"{run.results.stem}: validation loss {json.loads(run.results.read_text(encoding='utf-8'))['validation_loss']}")
     elif not options.dry_run:
         print(table(recipe, results))
 

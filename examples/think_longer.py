@@ -35,8 +35,8 @@ from revdeq_hf import RevDEQConfig, RevDEQForSemanticSegmentation, RevDEQForToke
 from revdeq_hf.block_revdeq import RevDEQPositionNorm
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
 from revdeq_hf.layer_revdeq import fixed_point_layers
-from revdeq_hf.optimizers import optimizers
-from revdeq_hf.training import RevDEQCallback, peak_memory, run_record
+from revdeq_hf.optimizers import muon_adamw
+from revdeq_hf.training import RevDEQCallback, greatest_drift, peak_memory, run_record
 
 Figures = dict[str, Any]
 
@@ -431,7 +431,7 @@ def main(arguments: list[str] | None = None) -> dict:
         if problem.make is sudoku:
             rows = guises(rows, data.train_guises, data.problem_seed)
         settings = dict(
-            model=model, args=training, train_dataset=rows, data_collator=problem.collate, optimizers=optimizers(model, training)
+            model=model, args=training, train_dataset=rows, data_collator=problem.collate, optimizer_cls_and_kwargs=muon_adamw(training)
         )
         trainer: ResumableTrainer = (
             ConvergingTrainer(options.residual_weight, **settings) if options.residual_weight else ResumableTrainer(**settings)
@@ -441,13 +441,12 @@ def main(arguments: list[str] | None = None) -> dict:
         trainer.save_model()
         trainer.save_state()
         history = trainer.state.log_history
-        drifts = [entry["drift"] for entry in history if "drift" in entry]
         results |= {
             "train_size": train_size,
             "updates": trainer.state.global_step,
             "train_loss": [trained.training_loss, *(entry["loss"] for entry in history if "loss" in entry)][-1],
             "train_seconds": trained.metrics["train_runtime"],
-            "greatest_drift": max(drifts) if drifts else None,
+            "greatest_drift": greatest_drift(model, history),
             "peak_memory_bytes": peak_memory(),
         }
         if not trainer.is_world_process_zero():

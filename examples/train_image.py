@@ -78,6 +78,7 @@ from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
     fixed_point_layers,
+    greatest_drift,
     peak_memory,
     print_table,
     residual_curve,
@@ -528,7 +529,6 @@ def main(arguments: list[str] | None = None) -> dict:
     trainer.save_state()
 
     found = scores(logits_of(predicted.predictions), predicted.label_ids, names)
-    drifts = [entry["drift"] for entry in trainer.state.log_history if "drift" in entry]
     results = {
         "model_type": model.config.model_type,
         "parameters": model.num_parameters(),
@@ -542,7 +542,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "accuracy_before": before.get("eval_accuracy"),
         **found,
         "stages": stage_figures(model, predicted.predictions),
-        "greatest_drift": max(drifts) if drifts else None,
+        "greatest_drift": greatest_drift(model, trainer.state.log_history),
         "train_seconds": trained.metrics["train_runtime"],
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(),

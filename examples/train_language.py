@@ -51,12 +51,13 @@ from transformers import (
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
 from revdeq_hf.model_card import weight_hashes
-from revdeq_hf.optimizers import optimizers
+from revdeq_hf.optimizers import muon_adamw
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
     TextScores,
     fixed_point_layers,
+    greatest_drift,
     peak_memory,
     print_table,
     residual_curve,
@@ -529,7 +530,7 @@ def main(arguments: list[str] | None = None) -> dict:
         data_collator=default_data_collator if data.pack else DataCollatorForSeq2Seq(padding),
         compute_metrics=scorer,
         preprocess_logits_for_metrics=Scorer.token_losses,
-        optimizers=optimizers(model, training),
+        optimizer_cls_and_kwargs=muon_adamw(training),
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
 
@@ -546,7 +547,6 @@ def main(arguments: list[str] | None = None) -> dict:
     test = trainer.evaluate(blocks["test"], metric_key_prefix="test")
 
     history = trainer.state.log_history
-    drifts = [entry["drift"] for entry in history if "drift" in entry]
     results = {
         "parameters": model.num_parameters(),
         "data_sha256": hashes,
@@ -556,7 +556,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "validation_loss": after["eval_loss"],
         "test": {key.removeprefix("test_"): value for key, value in test.items()},
         "test_unigram": unigram,
-        "greatest_drift": max(drifts) if drifts else None,
+        "greatest_drift": greatest_drift(model, history),
         "train_seconds": trained.metrics["train_runtime"],
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(),

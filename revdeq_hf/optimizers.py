@@ -76,9 +76,10 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-def optimizers(model: nn.Module, args: Any) -> tuple[torch.optim.Optimizer | None, None]:
-    """`Trainer(optimizers=...)` of training arguments with a field `muon_learning_rate`: `MuonAdamW`, or if that is None or 0 whatever `args.optim` names."""
+def muon_adamw(args: Any) -> tuple[Callable[[], type[MuonAdamW]], dict[str, Any]] | None:
+    """`Trainer(optimizer_cls_and_kwargs=...)` of training arguments with a field `muon_learning_rate`; None, `args.optim`, where that is None or 0."""
     if not args.muon_learning_rate:
-        return None, None
-    betas = (args.adam_beta1, args.adam_beta2)
-    return MuonAdamW(model, args.learning_rate, args.muon_learning_rate, args.weight_decay, betas, args.adam_epsilon), None
+        return None
+    settings = dict(lr=args.learning_rate, muon_lr=args.muon_learning_rate, weight_decay=args.weight_decay)
+    # Trainer calls what is no class, and then the result with the model; a class it would call with groups of parameters
+    return lambda: MuonAdamW, dict(settings, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)

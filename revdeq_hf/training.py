@@ -448,6 +448,12 @@ def run_record(command: str, device: torch.device) -> dict[str, Any]:
     return {**record, "commit": commit} if commit else record
 
 
+def greatest_drift(model: Any, history: list[dict[str, Any]]) -> float | None:
+    """The greatest drift in a Trainer's `log_history`; None for a model whose gradient mode reverses nothing."""
+    drifts = [entry["drift"] for entry in history if "drift" in entry]
+    return max(drifts) if drifts and model.config.gradient == "reversible" else None
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -1,5 +1,6 @@
 """Recipes: every flag is one of its script, the networks are what their names say, runs shrink, interrupted work goes on, tables say what the files say."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -10,6 +11,7 @@ from conftest import EXAMPLES
 from transformers import AutoTokenizer, HfArgumentParser
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQVisionConfig
+from revdeq_hf.training import greatest_drift
 
 pytestmark = pytest.mark.usefixtures("scripts")
 sys.path.insert(0, str(EXAMPLES))
@@ -58,6 +60,53 @@ def test_evaluation_knows_its_flags(name):
     flags = reproduce.flags(recipe.evaluation)
     options, _ = (evaluation.image_arguments if "image" in recipe.script else evaluation.text_arguments)(flags)
     assert {flag: getattr(options, flag) for flag in recipe.evaluation} == recipe.evaluation
+
+
+def test_an_evaluation_gets_every_flag_of_the_data_that_it_knows():
+    """Of a data flag that a script gets newly it must be decided whether an evaluation needs it."""
+    of_training = importlib.import_module("evaluation").TRAINING_ONLY
+    saved_with_the_model = {"tokenizer_name", "image_size", "channels"}
+    without_effect = {"preprocessing_workers", "keep_pixels"}
+    for script, task in (("train_language", "text-generation"), ("image_data", "image-classification")):
+        known = {field.name for field in dataclasses.fields(importlib.import_module(script).DataArguments)}
+        assert known - {*reproduce.MEASURED_DATA, *of_training[task]} - saved_with_the_model - without_effect == set()
+
+
+def test_the_published_reversal_trains_and_its_gradient_is_the_exact_one_where_it_can_be(tmp_path, monkeypatch):
+    """At beta 0.5 float64 states lose nothing in 2 steps; float32 states at beta 0.8 do. Both leave the model as the script saves it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES.parent / "benchmarks"))
+    language = importlib.import_module("train_language")
+    for name in ("build_model", "run_record", "RevDEQCallback"):
+        monkeypatch.setattr(language, name, getattr(language, name))  # the benchmark replaces them
+    (tmp_path / "text.txt").write_text("".join(f"{number} and {number * 7 % 13}\n" for number in range(400)))
+    settings = dict(
+        train_file=str(tmp_path / "text.txt"), vocab_size=270, block_size=16, hidden_size=16, intermediate_size=32, solver_steps=2
+    )
+    settings |= dict(max_steps=3, logging_steps=1, sample_tokens=0, report_to="none", disable_tqdm=True, block_type="paper")
+
+    def norms(run, **more) -> tuple[list[float], dict]:
+        folder = tmp_path / "-".join(map(str, (run.__module__, *more.values())))
+        results = run(reproduce.flags({**settings, **more, "output_dir": str(folder)}))
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return [entry["grad_norm"] for entry in history if "grad_norm" in entry], results
+
+    exact, one = norms(language.main, beta=0.5)
+    published = importlib.import_module("published_reversal")
+    same, other = norms(published.main, state_dtype="float64", beta=0.5)
+    assert same == pytest.approx(exact, rel=1e-4)
+    assert one["greatest_drift"] == 0
+    assert other["greatest_drift"] < 1e-6
+    assert other["run"]["command"].startswith("python benchmarks/published_reversal.py --train_file")
+    _, wrong = norms(published.main, state_dtype="float32", beta=0.8)
+    assert wrong["greatest_drift"] > 1e-7
+
+
+def test_what_reverses_nothing_has_no_drift():
+    history = [{"loss": 1.0, "drift": 0.0}, {"loss": 1.0, "drift": 2.0}]
+    config = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    found = [greatest_drift(RevDEQForCausalLM(RevDEQConfig(**config, gradient=mode)), history) for mode in ("reversible", "phantom")]
+    assert found == [2.0, None]
+    assert greatest_drift(torch.nn.Linear(1, 1), [{"loss": 1.0}]) is None
 
 
 def built(name: str, variant: str) -> torch.nn.Module:
