@@ -12,7 +12,9 @@ those of the tensors made in a step, parameters and inputs not counted. Competit
 - step: forward and backward pass of the block alone, N steps (2N evaluations): gradient modes; the iteration written out, followed by autograd, with and
   without `torch.utils.checkpoint`; the published reversal in floating point; torchdeq; and JAX, whose reversal keeps float64 states as the authors' does.
 - language: an update (AdamW) of the language model, and of transformers' Llama with 2N layers (as many evaluations) or 1 (as many parameters).
-- decode: a token with a cache of 64, and of the same Llamas.
+- images: an update (AdamW) of the image model, and of transformers' ResNet of as many evaluations or as many parameters on grids of the same sizes.
+- decode: a token with a cache of 64, and of the same Llamas; with int8 weights where torchao is installed (`pip install --no-deps torchao`).
+- decode_compiled: the same with a static cache, forward pass compiled to one program, as `generate(cache_implementation="static")` does on accelerators.
 - stop: examples that need different numbers of steps, solved with `tol` and with 40 steps for all.
 - compile: the step with the block compiled by torch.compile, and its first step's seconds.
 - import: seconds of `import revdeq_hf` in a fresh process beyond transformers' own file of a model.
@@ -34,9 +36,10 @@ from common import RESULTS, interleaved, keep, kept, median, transformer_block
 from gradients import FloatReversal, float_iteration
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification, StaticCache
 
-from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, ReversibleFixedPoint
+from revdeq_hf.layer_revdeq import fixed_point_layers
 from revdeq_hf.training import LiveBytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,6 +55,8 @@ class Runs:
 
     def add(self, section: str, shape: str, ways: Ways, against: str, figures: "dict[str, dict[str, Any]] | None" = None) -> None:
         """Times the ways; `figures`: what else is known of them, as in `keep_row`."""
+        if self.options.ways:
+            ways = {name: way for name, way in ways.items() if name in {against, *self.options.ways}}
         times = interleaved(ways, self.options.repeats, warm_up=1)
         for name, seconds in times.items():
             ratios = sorted(a / b for a, b in zip(seconds, times[against], strict=True))
@@ -146,6 +151,8 @@ def step(runs: Runs) -> None:
 
         figures: dict[str, dict[str, Any]] = {}
         for name, way in ways.items():
+            if options.ways and name not in options.ways:
+                continue
             clean()
             figures[name] = {"peak_bytes": peak_of(partial(train, way))}
             if name.startswith("reversible"):
@@ -158,11 +165,13 @@ def step(runs: Runs) -> None:
             timed |= jax_ways(block, x, rotary, beta, steps, options.bf16)
         runs.add("step", f"{batch}x{length}x{width}, N={steps}, beta={beta}", timed, "backprop", figures)
     for steps in options.memory_steps:  # memory alone, at depths that backpropagation does not reach
-        clean()
-        name = f"reversible, N={steps}"
-        with autocast():
-            peak = peak_of(lambda: ours(name, steps).float().square().mean().backward())  # noqa: B023
-        runs.keep_row("memory", f"{batch}x{length}x{width}, beta={beta}", name, peak_bytes=peak, drift=layers[name].drift.item())
+        for mode in ("reversible", "checkpoint"):
+            clean()
+            name = f"{mode}, N={steps}"
+            with autocast():
+                peak = peak_of(lambda: ours(name, steps, gradient=mode).float().square().mean().backward())  # noqa: B023
+            drift = {"drift": layers[name].drift.item()} if mode == "reversible" else {}
+            runs.keep_row("memory", f"{batch}x{length}x{width}, beta={beta}", name, peak_bytes=peak, **drift)
 
 
 def jax_ways(block: Any, x: torch.Tensor, rotary: Any, beta: float, steps: int, bf16: bool) -> Ways:
@@ -236,11 +245,64 @@ def language(runs: Runs) -> None:
     runs.add("language", shape, ways, f"Llama of {2 * steps} layers", figures)
 
 
+def images(runs: Runs) -> None:
+    options, steps, stages = runs.options, 2, [32, 64]
+    side, batch = 32, 8 * options.batch
+    shape: dict[str, Any] = dict(hidden_sizes=stages, num_labels=10)
+    # a ResNet's stem divides the image by four, ours here by two
+    resnet = partial(ResNetConfig, **shape, embedding_size=stages[0], layer_type="basic")
+    networks: dict[str, Any] = {
+        "ResNet of as many evaluations": ResNetForImageClassification(resnet(depths=[2 * steps] * len(stages))),
+        "RevDEQ": RevDEQForImageClassification(RevDEQVisionConfig(**shape, expansion_ratios=[1, 1], stem_stride=2, max_steps=steps)),
+        "ResNet of as many parameters": ResNetForImageClassification(resnet(depths=[2] * len(stages))),
+    }
+    labels = torch.randint(10, (batch,), device=DEVICE)
+    ways: Ways = {}
+    figures: dict[str, dict[str, Any]] = {}
+
+    def update(model: Any, pixels: torch.Tensor, optimizer: torch.optim.Optimizer, gradient: str | None = None) -> None:
+        for stage in model.model.stages if gradient else ():
+            stage.gradient = gradient
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=options.bf16):
+            loss = model(pixels, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for name, network in networks.items():
+        network.to(DEVICE).train()
+        size = side if name == "RevDEQ" else 2 * side
+        training = partial(
+            update, network, torch.randn(batch, 3, size, size, device=DEVICE), torch.optim.AdamW(network.parameters(), fused=True)
+        )
+        training()  # makes the optimiser's state
+        modes = {f"RevDEQ, {mode}": partial(training, mode) for mode in ("reversible", "backprop")}
+        for way, function in (modes if name == "RevDEQ" else {name: training}).items():
+            ways[way] = function
+            figures[way] = {"peak_bytes": peak_of(function), "detail": f"{sum(p.numel() for p in network.parameters()):,} parameters"}
+    figures["RevDEQ, reversible"]["drift"] = drift_of(networks["RevDEQ"], ways["RevDEQ, reversible"])
+    runs.add("images", f"{batch} images, stages {stages}, N={steps}", ways, "ResNet of as many evaluations", figures)
+
+
+def drift_of(model: Any, training: Callable[[], Any]) -> float:
+    training()
+    return max(layer.drift.item() for _, layer in fixed_point_layers(model))
+
+
 @torch.no_grad()
 def decode(runs: Runs) -> None:
     options, steps = runs.options, 4
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    candidates = {name: model.to(DEVICE, dtype).eval() for name, model in models(options, steps).items()}
+    candidates: dict[str, Any] = {name: model.to(DEVICE, dtype).eval() for name, model in models(options, steps).items()}
+    figures = {name: {"detail": f"{model.get_memory_footprint() / 1e6:.0f} MB of weights"} for name, model in candidates.items()}
+    if installed("torchao", "int8 weights"):
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        from torchao.utils import get_model_size_in_bytes
+
+        for name in ("RevDEQ", f"Llama of {2 * steps} layers"):
+            candidates[f"{name}, int8 weights"] = quantized = copy.deepcopy(candidates[name])
+            quantize_(quantized, Int8WeightOnlyConfig())
+            figures[f"{name}, int8 weights"] = {"detail": f"{get_model_size_in_bytes(quantized) / 1e6:.0f} MB of weights"}
     for batch in (1, 32):
         ids = torch.randint(options.vocabulary, (batch, 64), device=DEVICE)
         caches: dict[str, Any] = {}
@@ -254,7 +316,38 @@ def decode(runs: Runs) -> None:
             caches[name] = DynamicCache(config=model.config)
             model(ids, past_key_values=caches[name], use_cache=True)
         ways: Ways = {name: partial(tokens, name) for name in candidates}
-        runs.add("decode", f"batch {batch}, width {options.width}, N={steps}, 8 tokens", ways, f"Llama of {2 * steps} layers")
+        runs.add("decode", f"batch {batch}, width {options.width}, N={steps}, 8 tokens", ways, f"Llama of {2 * steps} layers", figures)
+
+
+@torch.no_grad()
+def decode_compiled(runs: Runs) -> None:
+    options, steps = runs.options, 4
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    candidates = {name: model.to(DEVICE, dtype).eval() for name, model in models(options, steps).items()}
+    mode = "default" if DEVICE == "cpu" else "reduce-overhead"  # with CUDA graphs, as transformers does
+    for batch in (1, 32):
+        ids = torch.randint(options.vocabulary, (batch, 64), device=DEVICE)
+        caches: dict[str, StaticCache] = {}
+        programs: dict[str, Any] = {}
+
+        def tokens(name: str) -> None:
+            for _ in range(8):
+                programs[name](ids[:, :1], past_key_values=caches[name], use_cache=True)  # noqa: B023
+            for layer in caches[name].layers:  # noqa: B023
+                layer.cumulative_length.sub_(8)
+
+        figures: dict[str, dict[str, Any]] = {}
+        for name, model in candidates.items():
+            torch._dynamo.reset()
+            caches[name] = StaticCache(config=model.config, max_cache_len=128)
+            model(ids, past_key_values=caches[name], use_cache=True)
+            programs[name] = torch.compile(model, fullgraph=True, mode=mode)
+            began = time.perf_counter()
+            tokens(name)
+            figures[name] = {"detail": f"compiled in {time.perf_counter() - began:.0f} s"}
+        ways: Ways = {name: partial(tokens, name) for name in candidates}
+        shape = f"batch {batch}, width {options.width}, N={steps}, 8 tokens"
+        runs.add("decode_compiled", shape, ways, f"Llama of {2 * steps} layers", figures)
 
 
 # --- the rest ---
@@ -333,7 +426,9 @@ def import_time(runs: Runs) -> None:
 SECTIONS: dict[str, Callable[[Runs], None]] = {
     "step": step,
     "language": language,
+    "images": images,
     "decode": decode,
+    "decode_compiled": decode_compiled,
     "stop": stop,
     "compile": compiled,
     "import": import_time,
@@ -420,6 +515,7 @@ def main(arguments: list[str] | None = None) -> None:
     summary, details = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument("--ways", nargs="+", help="of the sections only these, and the one they are compared with")
     parser.add_argument("--bf16", action="store_true", help="the block under bfloat16 autocast, decoding with bfloat16 weights")
     parser.add_argument("--steps", type=int, nargs="+", default=[8], help="of the block alone")
     parser.add_argument("--memory_steps", type=int, nargs="*", default=[4, 64])

@@ -97,8 +97,9 @@ class Solve:
         self._left: list[tuple[torch.Tensor, State, list[torch.Tensor]]] = []  # of rows that are finished: indices, z, figures
 
     def scratch(self) -> Scratch:
-        """Where the block is compiled the arithmetic is as well, but for the CPU, on which one operation at a time was faster."""
-        return Scratch(fused=self.evaluator.compiled and self.evaluator.device.type not in UNFUSED_DEVICES)
+        """Where the block is compiled by itself the arithmetic is as well, but for the CPU, on which one operation at a time was faster."""
+        apart = self.evaluator.compiled and not torch.compiler.is_compiling()
+        return Scratch(fused=apart and self.evaluator.device.type not in UNFUSED_DEVICES)
 
     def start(self, z0: State | None, scratch: Scratch, reversed_later: bool = True) -> list[ExactState]:
         """The start state as integers; zero where `z0` is None. States that are not reversed later keep nothing for it: their memory does not grow."""
@@ -143,7 +144,7 @@ class Solve:
                 z_values = tuple(with_value(a, b) for a, b in zip(z0, z_values, strict=True))
         y_values = z_values
 
-        def renew(states: list[ExactState], old: State, f: State | None = None) -> State:
+        def renew(states: list[ExactState], old: State, f: "State | None" = None) -> State:
             new = self.values(states, self.phase)
             if not differentiable:
                 return new

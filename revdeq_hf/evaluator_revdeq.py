@@ -126,7 +126,7 @@ class Evaluator:
         """`f(state)` in the dtypes of the state; `tensors` take the places of the call's own."""
         x, context, kwargs = _put_tensors(self.template, tensors)
         z = state if self.is_tuple else state[0]
-        if torch.compiler.is_exporting():  # a trace has no generators, and buffers of its own
+        if torch.compiler.is_compiling():  # a trace has no generators, and buffers of its own
             return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
         if self._generators is not None:
             if self.random:

@@ -20,6 +20,7 @@ from .adjoint_revdeq import (
     solve_stored,
     trainable_parameters,
 )
+from .cache_revdeq import EvaluationSlots, SharedSlots
 from .evaluator_revdeq import Evaluation, Evaluator, State
 from .fixed_point_solvers_revdeq import DIFFERENTIABLE_SOLVERS, FLOAT_SOLVERS
 from .implicit_revdeq import Approximation, attach_implicit, attach_phantom, solve_float, unflatten
@@ -29,6 +30,8 @@ from .steps_revdeq import check_steps, check_steps_sampling, draw_steps
 EXACT_MODES = ("reversible", "checkpoint", "backprop")
 GRADIENT_MODES = (*EXACT_MODES, "implicit", "phantom")
 SOLVERS = ("reversible", *FLOAT_SOLVERS)
+# evaluations up to which a compiled caller without gradients gets the whole solve in its program: its compilation takes seconds for each
+WRITTEN_OUT = 64
 DRIFT_POLICIES = ("warn", "raise", "ignore")
 
 
@@ -385,21 +388,21 @@ class ReversibleFixedPoint(nn.Module):
             ValueError, TypeError: arguments, or what the block returns, do not fit; nothing has been changed then.
             DriftError: in the backward pass, see `drift_policy`.
         """
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if num_restarts is not None:
             check_path_settings(self.damping, self.initial_scale, self.path_noise, num_restarts, self.solver)
         restarts = self.num_restarts if num_restarts is None else num_restarts
-        settings = (compiling, x, context, max_steps, gradient, output_trajectory, block_kwargs)
+        settings = (x, context, max_steps, gradient, output_trajectory, block_kwargs)
+        solve = self._solve_apart if torch.compiler.is_compiling() and not self._traceable(max_steps) else self._solve
         if z0 is not None or not self.initial_scale:
-            return self._solve(z0, *settings)
+            return solve(z0, *settings)
         _check_state(x, "x", self.row_dims)
         if self._learns:
-            return self._solve(self._start(x, None), *settings)
+            return solve(self._start(x, None), *settings)
         if restarts > 1 and output_trajectory:
             raise ValueError(f"output_trajectory follows one solve, got num_restarts={restarts}; set num_restarts=1")
-        best = self._solve(self._start(x, 0), *settings)
+        best = solve(self._start(x, 0), *settings)
         for number in range(1, restarts):
-            best = better_of(best, self._solve(self._start(x, number), *settings))
+            best = better_of(best, solve(self._start(x, number), *settings))
         self.statistics = SolveStatistics(**{name: getattr(best, name) for name in SolveStatistics.__dataclass_fields__})
         return best
 
@@ -417,14 +420,30 @@ class ReversibleFixedPoint(nn.Module):
         with torch.no_grad():
             return tuple(map(draw, x)) if isinstance(x, tuple) else draw(x)
 
+    def _traceable(self, max_steps: int | None) -> bool:
+        """Whether a compiled caller gets the solve as part of its own program, which is written out evaluation by evaluation."""
+        if torch.compiler.is_exporting():
+            return True
+        steps = self.max_steps if max_steps is None else max_steps
+        fixed = self.solver == "reversible" and self.tol is None and not self.initial_scale
+        return fixed and not torch.is_grad_enabled() and 2 * steps <= WRITTEN_OUT
+
     @torch.compiler.disable
-    def _solve(self, z0, compiling: bool, x, context, max_steps, gradient, output_trajectory, block_kwargs) -> FixedPointSolution:
-        """Eager; where the caller is being compiled, the block is compiled by itself, and the same program serves both passes."""
+    def _solve_apart(self, z0, x, context, max_steps, gradient, output_trajectory, block_kwargs) -> FixedPointSolution:
+        """Eager in a compiled caller; the block is compiled by itself, and the same program serves both passes."""
         block = self.block
-        if compiling:
+        if not any(
+            isinstance(value, EvaluationSlots | SharedSlots) for value in block_kwargs.values()
+        ):  # each evaluation would be another program
             if self._compiled_block is None:
                 self._compiled_block = [torch.compile(self.block)]  # in a list, which does not make it a submodule
             block = self._compiled_block[0]
+        return self._solve(z0, x, context, max_steps, gradient, output_trajectory, block_kwargs, block)
+
+    def _solve(
+        self, z0, x, context, max_steps, gradient, output_trajectory, block_kwargs, block: nn.Module | None = None
+    ) -> FixedPointSolution:
+        block = self.block if block is None else block
         refuse_function_transforms()
         mode = self.gradient if gradient is None else _check_choice("gradient", gradient, GRADIENT_MODES)
         _check_combination(mode, self.solver)
@@ -446,11 +465,8 @@ class ReversibleFixedPoint(nn.Module):
         wants_gradient = torch.is_grad_enabled() and (
             any(t.requires_grad for t in (*(start or ()), *evaluator.tensors)) or bool(trainable_parameters(self.block))
         )
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(evaluator.rewind)
-            on_failure.enter_context(_memory_advice(state))
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _undone_on_failure(evaluator, state):
             z, states, residuals = self._run(evaluator, start, steps, mode, wants_gradient, output_trajectory)
-            on_failure.pop_all()  # it went well: nothing to put back
         solution = FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
         if output_trajectory:
             solution.trajectory = [state if is_tuple else state[0] for state in states]
@@ -479,7 +495,7 @@ class ReversibleFixedPoint(nn.Module):
                 taken = torch.full(solve.rows, steps, dtype=torch.int64, device=evaluator.device)
             self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, evaluator.shapes, solve.clamped, solve.nonfinite)
             states, residuals = solve.trajectory, solve.step_residuals
-            if not torch.compiler.is_exporting():
+            if not torch.compiler.is_compiling():
                 self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
             z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recompute_before if follow else None, record)
@@ -603,11 +619,15 @@ def refuse_function_transforms() -> None:
 
 
 @contextlib.contextmanager
-def _memory_advice(state: State) -> Iterator[None]:
-    """Adds to torch's own message of an allocation in the forward pass that failed, at whose beginning `auto_find_batch_size` looks, what a user can change."""
+def _undone_on_failure(evaluator: Evaluator, state: State) -> Iterator[None]:
+    """Puts generators and buffers back where the solve fails. Adds to torch's own message of an allocation in the forward pass that failed, at whose
+    beginning `auto_find_batch_size` looks, what a user can change."""
     try:
         yield
-    except RuntimeError as error:
+    except BaseException as error:
+        evaluator.rewind()
+        if not isinstance(error, RuntimeError):
+            raise
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         count, each = len(state[0]), sum(part[0].numel() * part.element_size() for part in state if len(part))

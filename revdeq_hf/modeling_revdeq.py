@@ -121,6 +121,7 @@ class RevDEQPreTrainedModel(BundledModel, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True  # without gradients and `tol`
     _can_record_outputs = {"hidden_states": RevDEQLayer, "attentions": RevDEQAttention}
 
     @torch.no_grad()

@@ -155,7 +155,7 @@ def divide(number: torch.Tensor, base: int) -> tuple[torch.Tensor, torch.Tensor]
 def _row_blocks(tensor: torch.Tensor) -> list[slice]:
     """Slices of the first dimension, of about as many elements as there shall be room for."""
     block = BLOCKS.get(tensor.device.type, BLOCK)
-    if torch.compiler.is_exporting() or tensor.numel() <= block:
+    if torch.compiler.is_compiling() or tensor.numel() <= block:
         return [slice(None)]
     count = len(tensor)
     each = max(1, block * count // tensor.numel())

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import relative_error
 from test_language_model import IDS, small
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache, TorchAoConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
@@ -118,6 +119,57 @@ def test_a_shared_cache_is_one_slot_per_layer_exact_within_a_segment_and_at_the_
         torch.testing.assert_close(torch.stack(plain.logits), torch.stack(cached.logits), rtol=0, atol=1e-4)
     beams = [m.generate(ids, attention_mask=mask, num_beams=3, **GREEDY).sequences for m in (model, own)]
     assert torch.equal(*beams)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(num_prelude_layers=1, num_coda_layers=1),
+        dict(kv_cache="shared", max_steps=4, num_block_layers=2),
+        dict(block_type="paper", max_position_embeddings=64),
+    ],
+    ids=str,
+)
+def test_the_decoding_step_compiles_to_one_graph(settings):
+    """The whole solve is in it. transformers compiles decoding with a static cache by itself on accelerators, and here where it is told to."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    how = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    how._compile_all_devices = True
+    model = contractive(**settings)
+    ids, mask = left_padded(IDS)
+    settings = dict(attention_mask=mask, cache_implementation="static", **GREEDY)
+    eager = model.generate(ids, disable_compile=True, **settings)
+    assert not torch._dynamo.utils.counters["stats"]
+    compiled = model.generate(ids, compile_config=how, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(eager.sequences, compiled.sequences)
+    torch.testing.assert_close(torch.stack(eager.logits), torch.stack(compiled.logits), rtol=0, atol=1e-5)
+
+
+def inner_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor subclass consists of."""
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]] if hasattr(weight, "__tensor_flatten__") else [weight]
+
+
+def test_int8_weights_of_torchao(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed, and no dependency of the package")
+    model = contractive(hidden_size=64, intermediate_size=128)
+    model.save_pretrained(tmp_path / "float")
+    settings = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=settings, device_map="cpu").eval()
+    sizes = [
+        sum(part.numel() * part.element_size() for w in m.model.solve.parameters() for part in inner_tensors(w)) for m in (model, quantized)
+    ]
+    assert sizes[1] < 0.3 * sizes[0]
+    with torch.no_grad():
+        assert relative_error(quantized(IDS).logits, model(IDS).logits) < 0.05
+    plain, cached = (quantized.generate(IDS, use_cache=flag, **GREEDY).sequences for flag in (False, True))
+    assert torch.equal(plain, cached)
+    quantized.save_pretrained(tmp_path / "int8")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "int8").eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, quantized(IDS).logits)
 
 
 def test_a_shared_cache_is_an_approximation_before_the_fixed_point_and_serves_any_number_of_steps():

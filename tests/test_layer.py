@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -620,6 +621,31 @@ def test_states_are_copied_for_the_backward_pass_only_where_the_graph_is_kept():
         assert layer.drift == 0
     assert torch.equal(*gradients)
     assert peaks[0] - peaks[1] >= 2 * 8 * x.numel()
+
+
+@pytest.mark.parametrize("steps", [4, 40])
+def test_what_is_kept_can_lie_elsewhere_until_the_backward_pass(steps):
+    """`torch.autograd.graph.save_on_cpu` and its like work through these hooks."""
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, beta=0.8, max_steps=steps, drift_policy="raise")
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor):
+        kept.append(tensor)
+        return tensor.dtype, tensor.tolist()
+
+    def gradients(place) -> tuple[torch.Tensor, ...]:
+        with place:
+            z = layer(x).z
+        found = torch.autograd.grad(z.square().sum(), (x, *block.parameters()))
+        assert layer.drift == 0
+        return found
+
+    plain = gradients(nullcontext())
+    elsewhere = gradients(torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: torch.tensor(packed[1], dtype=packed[0])))
+    assert sum(tensor.dtype == torch.int64 and tensor.shape == x.shape for tensor in kept) >= 2  # the pair of states, and digits
+    for a, b in zip(plain, elsewhere, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", ["attention", "convolution", "tuple"])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -31,9 +32,11 @@ def test_rows_table_and_picture(tmp_path, monkeypatch, capsys):
         "--repeats",
         "2",
     ]
-    speed.main([*tiny, "--only", "step", "language", "decode"])
+    monkeypatch.setattr(torch, "compile", lambda model, **how: model)  # a compilation takes half a minute each
+    sections = ["step", "language", "images", "decode", "decode_compiled"]
+    speed.main([*tiny, "--only", *sections])
     rows = common.kept("speed")
-    assert {row["section"] for row in rows} == {"step", "memory", "language", "decode"}
+    assert {row["section"] for row in rows} == {"memory", *sections}
     for row in rows:
         reference = row["way"] == row["against"]
         assert not row["ratio"] or (float(row["least"]) <= float(row["ratio"]) <= float(row["greatest"]) and float(row["seconds"]) > 0)
@@ -47,6 +50,9 @@ def test_rows_table_and_picture(tmp_path, monkeypatch, capsys):
     assert kinds["RevDEQ, reversible"] < kinds["RevDEQ, backprop"]
     parameters = {row["way"]: row["detail"] for row in rows if row["section"] == "language"}
     assert len(set(parameters.values())) == 3  # RevDEQ's two ways are one model, and so are the greater Llama's
+
+    speed.main([*tiny, "--only", "step", "--ways", "reversible"])
+    assert {row["way"] for row in common.kept("speed")[len(rows) :] if row["section"] == "step"} == {"backprop", "reversible"}
 
     newer = [{**row, "ratio": "0.5"} for row in rows[:1]]
     assert [row["ratio"] for row in speed.last_run(rows[:1] + newer, "step")] == ["0.5"]
