@@ -446,7 +446,7 @@ def main(arguments: list[str] | None = None) -> dict:
             "updates": trainer.state.global_step,
             "train_loss": [trained.training_loss, *(entry["loss"] for entry in history if "loss" in entry)][-1],
             "train_seconds": trained.metrics["train_runtime"],
-            "greatest_drift": greatest_drift(model, history),
+            "greatest_drift": greatest_drift(history),
             "peak_memory_bytes": peak_memory(),
         }
         if not trainer.is_world_process_zero():

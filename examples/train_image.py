@@ -542,7 +542,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "accuracy_before": before.get("eval_accuracy"),
         **found,
         "stages": stage_figures(model, predicted.predictions),
-        "greatest_drift": greatest_drift(model, trainer.state.log_history),
+        "greatest_drift": greatest_drift(trainer.state.log_history),
         "train_seconds": trained.metrics["train_runtime"],
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(),

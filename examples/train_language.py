@@ -556,7 +556,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "validation_loss": after["eval_loss"],
         "test": {key.removeprefix("test_"): value for key, value in test.items()},
         "test_unigram": unigram,
-        "greatest_drift": greatest_drift(model, history),
+        "greatest_drift": greatest_drift(history),
         "train_seconds": trained.metrics["train_runtime"],
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(),

@@ -129,11 +129,13 @@ class Certificate:
 
     Attributes:
         drift: 0-d float32, the greatest of the backward passes since the last forward pass.
+        reversed: whether there has been one that reversed its solve.
     """
 
     def __init__(self, policy: str) -> None:
         self.policy = policy
         self.drift = torch.zeros((), dtype=torch.float32)
+        self.reversed = False
         self.adjoint_residual: torch.Tensor | None = None
         self._inputs_known = False
         self._glances = _Glances()
@@ -165,7 +167,7 @@ class Certificate:
             DriftError: it is not 0, and the policy is "raise".
         """
         self.drift = drift if self._new_account else torch.maximum(self.drift, drift)
-        self._new_account = False
+        self._new_account, self.reversed = False, True
         if self.policy != "ignore":
             self._glances.at(drift, self._judge, wait=self.policy == "raise")
 
@@ -261,6 +263,7 @@ class ReversibleFixedPoint(nn.Module):
     Attributes:
         drift: 0-d float32 tensor, the greatest absolute difference between the reconstructed and the true start state in the backward passes
             since the last forward pass; 0 means that they were exact. Always 0 before the first one and in the other modes.
+        reversed: whether a backward pass has reversed a solve, so that `drift` says something.
         statistics: `SolveStatistics` of the last solve, None before it.
         adjoint_residual: 0-d float32 tensor, greatest relative residual of the last adjoint solve of "implicit", None before it.
 
@@ -338,6 +341,10 @@ class ReversibleFixedPoint(nn.Module):
     @property
     def drift(self) -> torch.Tensor:
         return self._certificate.drift
+
+    @property
+    def reversed(self) -> bool:
+        return self._certificate.reversed
 
     @property
     def adjoint_residual(self) -> torch.Tensor | None:

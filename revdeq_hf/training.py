@@ -38,7 +38,7 @@ class RevDEQCallback(TrainerCallback):
 
     - `residual`, `residual_max`: mean and greatest relative residual of the examples (or tokens);
     - `solver_steps`, `evaluations`: mean steps per example, and calls of the block per solve;
-    - `drift`: greatest difference between a reconstructed and the true start state, 0 when every backward pass was exact;
+    - `drift`: greatest difference between a reconstructed and the true start state, 0 when every backward pass was exact; where passes are reversed;
     - `clamped`, `nonfinite`: evaluations of examples in which the block left its value range or was not finite;
     - `tokens_per_second` or `images_per_second`: of all ranks, padding included; evaluation and saving are not in the seconds;
     - `flops_per_second`, `mfu`: floating-point operations of the model (see `training_flops`) per second and device, and their share of `peak_flops`;
@@ -154,7 +154,7 @@ class RevDEQCallback(TrainerCallback):
             "residual_max": _greatest(row[0] for row in highest),
             "solver_steps": sum(row["steps"] for row in table) / count,
             "evaluations": self._evaluations / self._solves,
-            "drift": _greatest(row[1] for row in highest),
+            **({"drift": _greatest(row[1] for row in highest)} if any(layer.reversed for _, layer in self._layers) else {}),
             "clamped": sum(row["clamped"] for row in table),
             "nonfinite": sum(row["nonfinite"] for row in table),
             self._unit: items / seconds,
@@ -448,10 +448,9 @@ def run_record(command: str, device: torch.device) -> dict[str, Any]:
     return {**record, "commit": commit} if commit else record
 
 
-def greatest_drift(model: Any, history: list[dict[str, Any]]) -> float | None:
-    """The greatest drift in a Trainer's `log_history`; None for a model whose gradient mode reverses nothing."""
-    drifts = [entry["drift"] for entry in history if "drift" in entry]
-    return max(drifts) if drifts and model.config.gradient == "reversible" else None
+def greatest_drift(history: list[dict[str, Any]]) -> float | None:
+    """The greatest drift in a Trainer's `log_history`; None where nothing was reversed."""
+    return max((entry["drift"] for entry in history if "drift" in entry), default=None)
 
 
 def _device_name(device: torch.device) -> str:

@@ -24,7 +24,7 @@ from revdeq_hf import (
 from revdeq_hf.flops import training_flops
 from revdeq_hf.layer_revdeq import SolveStatistics
 from revdeq_hf.report import Run, main, plot_runs, read_run, summary
-from revdeq_hf.training import RevDEQCallback
+from revdeq_hf.training import RevDEQCallback, greatest_drift
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_steps=3)
 ROWS = [{"input_ids": [(7 * i + j) % 64 for j in range(9)], "labels": [(7 * i + j) % 64 for j in range(9)]} for i in range(16)]
@@ -92,6 +92,7 @@ def test_logged_figures_are_those_of_the_solves(tmp_path):
     trainer = train(text_model(), tmp_path, RevDEQCallback(peak_flops=1e12), gradient_accumulation_steps=2)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 3
+    assert greatest_drift(trainer.state.log_history) == 0
     for entry in logs:
         assert entry["drift"] == entry["nonfinite"] == entry["clamped"] == 0
         assert entry["solver_steps"] == 3
@@ -101,6 +102,13 @@ def test_logged_figures_are_those_of_the_solves(tmp_path):
         assert entry["mfu"] == pytest.approx(entry["flops_per_second"] / 1e12)
     # 2 updates of 2 micro-batches of 4 rows of 9 tokens: operations and tokens are of the same seconds
     assert training_flops(trainer.model) / 36 == pytest.approx(logs[-1]["flops_per_second"] / logs[-1]["tokens_per_second"])
+
+
+@pytest.mark.parametrize("gradient", ["checkpoint", "backprop", "implicit", "phantom"])
+def test_where_nothing_is_reversed_there_is_no_drift(gradient, tmp_path):
+    trainer = train(text_model(gradient=gradient), tmp_path, RevDEQCallback(peak_flops=0))
+    assert all("drift" not in entry and entry["residual"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+    assert greatest_drift(trainer.state.log_history) is None
 
 
 def test_tensorboard_has_the_figures(tmp_path):
