@@ -261,7 +261,8 @@ def examine(
 ) -> dict[str, np.ndarray]:
     """For each problem whether every label is right, the share that is, and the residual and steps of its solve; with `tol` each stops by itself.
 
-    Of causal models, whose places stop one by one, the greatest residual and steps of a problem's places, and the steps of each, (problems, places).
+    Of causal models, whose places stop one by one, the greatest residual and steps of a problem's places, and for each place its steps and whether its
+    label is right, (problems, places).
     """
     layers = [layer for _, layer in fixed_point_layers(model)]
     for layer in layers:
@@ -282,7 +283,7 @@ def examine(
             worst, most = (part.view(len(labels), -1).max(1).values for part in (statistics.residual, statistics.steps))
             found |= {"residual": worst, "steps": most.float()}
             if statistics.steps.numel() > len(labels):
-                found["steps_by_place"] = statistics.steps.view(len(labels), -1)
+                found |= {"steps_by_place": statistics.steps.view(len(labels), -1), "right_by_place": right}
         parts.append({name: value.cpu().numpy() for name, value in found.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -304,7 +305,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
         began = time.perf_counter()
         found = examine(model, problem, rows, device, max(steps_tested), data.tol)
         settled, right = found["residual"] <= data.tol, found["exact"] == 1
-        by_place = {"steps_by_place": found["steps_by_place"].mean(0).round(2).tolist()} if "steps_by_place" in found else {}
+        by_place = {name: found[name].astype(float).mean(0).round(4).tolist() for name in ("steps_by_place", "right_by_place") if name in found}
         return {
             "size": f"{size}{kind}",
             "tol": data.tol,

@@ -68,7 +68,8 @@ def test_every_problem_from_training_to_pictures(think, tmp_path, problem, sizes
         assert table["settled_right"] + table["unsettled_right"] == sum(row["right"]) == round(count * row["exact"])
         assert all(steps <= 6 for steps in row["steps_taken"])
         if problem == "permutations":  # each place stops by itself
-            assert len(row["steps_by_place"]) == 1 + int(row["size"])
+            assert len(row["steps_by_place"]) == len(row["right_by_place"]) == 1 + int(row["size"])
+            assert 0 <= row["exact"] <= min(row["right_by_place"]) <= max(row["right_by_place"]) <= 1
             assert 1 <= min(row["steps_by_place"]) <= max(row["steps_by_place"]) <= max(row["steps_taken"])
     assert files | {"results.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
     stored = json.loads((tmp_path / "results.json").read_text())
