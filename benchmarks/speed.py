@@ -12,6 +12,8 @@ those of the tensors made in a step, parameters and inputs not counted. Competit
 - step: forward and backward pass of the block alone, N steps (2N evaluations): gradient modes; the iteration written out, followed by autograd, with and
   without `torch.utils.checkpoint`; the published reversal in floating point; torchdeq; and JAX, whose reversal keeps float64 states as the authors' does.
 - language: an update (AdamW) of the language model, and of transformers' Llama with 2N layers (as many evaluations) or 1 (as many parameters).
+- paper: an update (AdamW) of the paper's 94M language model, 32 x 448 tokens, and the share of the device's matrix rate that it reaches. Left out on the
+  CPU, unless it is asked for, with `--batch` sequences of `--length` then.
 - images: an update (AdamW) of the image model, and of transformers' ResNet of as many evaluations or as many parameters on grids of the same sizes.
 - decode: a token with a cache of 64, and of the same Llamas; with int8 weights where torchao is installed (`pip install --no-deps torchao`).
 - decode_compiled: the same with a static cache, forward pass compiled to one program, as `generate(cache_implementation="static")` does on accelerators.
@@ -39,8 +41,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetForImageClassification, StaticCache
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, ReversibleFixedPoint
+from revdeq_hf.flops import training_flops
 from revdeq_hf.layer_revdeq import fixed_point_layers
-from revdeq_hf.training import LiveBytes
+from revdeq_hf.training import LiveBytes, matrix_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Ways = dict[str, Callable[[], Any]]
@@ -53,16 +56,28 @@ class Runs:
         self.options = options
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, section: str, shape: str, ways: Ways, against: str, figures: "dict[str, dict[str, Any]] | None" = None) -> None:
-        """Times the ways; `figures`: what else is known of them, as in `keep_row`."""
+    def add(
+        self,
+        section: str,
+        shape: str,
+        ways: Ways,
+        against: str,
+        figures: "dict[str, dict[str, Any]] | None" = None,
+        operations: float = 0.0,
+    ) -> None:
+        """Times the ways; `figures`: what else is known of them, as in `keep_row`; `operations`: of each, as a share of what the device does in a second."""
         if self.options.ways:
             ways = {name: way for name, way in ways.items() if name in {against, *self.options.ways}}
         times = interleaved(ways, self.options.repeats, warm_up=1)
         for name, seconds in times.items():
             ratios = sorted(a / b for a, b in zip(seconds, times[against], strict=True))
             least, middle, greatest = (round(value, 3) for value in (ratios[0], median(ratios), ratios[-1]))
-            measured = dict(against=against, ratio=middle, least=least, greatest=greatest, seconds=round(median(seconds), 5))
-            self.keep_row(section, shape, name, **measured, **(figures or {}).get(name, {}))
+            measured: dict[str, Any] = dict(
+                against=against, ratio=middle, least=least, greatest=greatest, seconds=round(median(seconds), 5)
+            )
+            if operations:
+                measured["detail"] = f"{operations / measured['seconds']:.3f} of the matrix rate"
+            self.keep_row(section, shape, name, **{**(figures or {}).get(name, {}), **measured})
 
     def keep_row(self, section: str, shape: str, way: str, **figures: Any) -> None:
         """`figures`: some of against, ratio, least, greatest, seconds, peak_bytes, drift, detail."""
@@ -243,6 +258,34 @@ def language(runs: Runs) -> None:
             figures["RevDEQ, reversible"]["drift"] = model.model.solve.drift.item()  # type: ignore[union-attr]
     shape = f"{options.batch}x{options.length}x{options.width}, N={steps}, vocabulary {options.vocabulary}"
     runs.add("language", shape, ways, f"Llama of {2 * steps} layers", figures)
+
+
+def paper(runs: Runs) -> None:
+    options = runs.options
+    batch, length = (32, 448) if DEVICE == "cuda" else (options.batch, options.length)
+    model: Any = RevDEQForCausalLM(RevDEQConfig.paper_wikitext103()).to(DEVICE).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    ids = torch.randint(model.config.vocab_size, (batch, length), device=DEVICE)
+    programs = {"": model, ", compiled": torch.compile(model)}
+
+    def update(gradient: str, how: str) -> None:
+        model.config.gradient = gradient
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=options.bf16):
+            loss = programs[how](ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    update("reversible", "")  # makes the optimiser's state
+    ways: Ways = {f"{gradient}{how}": partial(update, gradient, how) for how in programs for gradient in ("reversible", "backprop")}
+    figures: dict[str, dict[str, Any]] = {}
+    for name, way in ways.items():
+        way()  # compiles
+        figures[name] = {"peak_bytes": peak_of(way)}
+        if name.startswith("reversible"):
+            figures[name]["drift"] = model.model.solve.drift.item()
+    share = training_flops(model) / matrix_rate(torch.device(DEVICE), torch.bfloat16 if options.bf16 else torch.float32)
+    runs.add("paper", f"{batch}x{length}, N={model.config.max_steps}", ways, "backprop", figures, operations=share)
 
 
 def images(runs: Runs) -> None:
@@ -426,6 +469,7 @@ def import_time(runs: Runs) -> None:
 SECTIONS: dict[str, Callable[[Runs], None]] = {
     "step": step,
     "language": language,
+    "paper": paper,
     "images": images,
     "decode": decode,
     "decode_compiled": decode_compiled,
@@ -514,7 +558,9 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     summary, details = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SECTIONS), default=[name for name in SECTIONS if name != "paper" or DEVICE != "cpu"]
+    )
     parser.add_argument("--ways", nargs="+", help="of the sections only these, and the one they are compared with")
     parser.add_argument("--bf16", action="store_true", help="the block under bfloat16 autocast, decoding with bfloat16 weights")
     parser.add_argument("--steps", type=int, nargs="+", default=[8], help="of the block alone")
