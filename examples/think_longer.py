@@ -305,7 +305,9 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
         began = time.perf_counter()
         found = examine(model, problem, rows, device, max(steps_tested), data.tol)
         settled, right = found["residual"] <= data.tol, found["exact"] == 1
-        by_place = {name: found[name].astype(float).mean(0).round(4).tolist() for name in ("steps_by_place", "right_by_place") if name in found}
+        by_place = {
+            name: found[name].astype(float).mean(0).round(4).tolist() for name in ("steps_by_place", "right_by_place") if name in found
+        }
         return {
             "size": f"{size}{kind}",
             "tol": data.tol,

@@ -220,7 +220,8 @@ class ReversibleFixedPoint(nn.Module):
             The same call must give the same result: torch's generators, autocast and the buffers that modules in training mode change (spectral
             norm) are replayed, so that all evaluations of a solve use the same dropout mask and the same buffers; BatchNorm in training mode is refused.
             Forward hooks fire at every evaluation, also at those of the backward pass. A compiled block (`block.compile()`, or `torch.compile` of
-            the whole model, which compiles the block by itself) runs the same program in both passes.
+            the whole model, which compiles the block by itself) runs the same program in both passes. Where no gradient is wanted, `torch.compile` of
+            the whole model takes in the solve, written out, if it has a fixed number of at most 32 steps; `statistics` are kept, warnings are not given.
         beta: relaxation in (0, 2), not 1. Taken to the nearest fraction of a denominator up to 1000, with a warning where
             that differs; `layer.beta` is the value in use. Converges for beta < 2 / (1 + k) if the block is k-Lipschitz in z, k < 1.
         max_steps: N >= 1; a step is two evaluations of the block.

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import awake, relative_error
+from conftest import awake, make_block, relative_error
 from torch import nn
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint
@@ -72,6 +72,17 @@ def test_a_whole_compiled_model_compiles_the_block_by_itself():
     assert model.model.solve.drift == 0
     assert model.model.solve._compiled_block is not None
     assert not any("_orig_mod" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("settings", [dict(max_steps=33), dict(tol=1e-3), dict(initial_scale=1.0)], ids=str)
+def test_what_cannot_be_written_out_compiles_the_block_by_itself(settings):
+    block, x = make_block("convolution")
+    layer = ReversibleFixedPoint(block, beta=0.8, **settings).eval()
+    with torch.no_grad():
+        expected = layer(x)
+        found = torch.compile(layer, backend="aot_eager")(x)
+    torch.testing.assert_close(found.z, expected.z, rtol=0, atol=1e-5)
+    assert layer._compiled_block is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

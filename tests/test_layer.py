@@ -649,6 +649,25 @@ def test_what_is_kept_can_lie_elsewhere_until_the_backward_pass(steps):
 
 
 @pytest.mark.parametrize("kind", ["attention", "convolution", "tuple"])
+def test_without_gradients_a_compiled_caller_takes_in_the_whole_solve(kind):
+    torch._dynamo.reset()
+    block, x = make_block(kind)
+    layer = ReversibleFixedPoint(block, beta=0.99, max_steps=4, damping=0.1).eval()  # two segments
+    parts = x if isinstance(x, tuple) else (x,)
+    with torch.no_grad():
+        parts[0][1].fill_(torch.nan)
+        expected = layer(x)
+        layer.statistics = None
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    for a, b in zip(*((s.z if isinstance(s.z, tuple) else (s.z,) for s in (expected, found))), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+        assert b[1].isnan().all()
+    for name in ("steps", "residual", "evaluations", "clamped", "nonfinite"):
+        assert str(getattr(found, name)) == str(getattr(expected, name)) == str(getattr(layer.statistics, name))
+    assert layer._compiled_block is None
+
+
+@pytest.mark.parametrize("kind", ["attention", "convolution", "tuple"])
 @pytest.mark.parametrize("settings", [dict(max_steps=20), dict(max_steps=20, tol=0.3)], ids=str)
 def test_arithmetic_in_blocks_of_rows_gives_the_same_bits(kind, settings, monkeypatch):
     found = []
