@@ -659,7 +659,7 @@ def test_without_gradients_a_compiled_caller_takes_in_the_whole_solve(kind):
         expected = layer(x)
         layer.statistics = None
         found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
-    for a, b in zip(*((s.z if isinstance(s.z, tuple) else (s.z,) for s in (expected, found))), strict=True):
+    for a, b in zip(*(s.z if isinstance(s.z, tuple) else (s.z,) for s in (expected, found)), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
         assert b[1].isnan().all()
     for name in ("steps", "residual", "evaluations", "clamped", "nonfinite"):
