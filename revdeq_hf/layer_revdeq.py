@@ -221,7 +221,8 @@ class ReversibleFixedPoint(nn.Module):
             norm) are replayed, so that all evaluations of a solve use the same dropout mask and the same buffers; BatchNorm in training mode is refused.
             Forward hooks fire at every evaluation, also at those of the backward pass. A compiled block (`block.compile()`, or `torch.compile` of
             the whole model, which compiles the block by itself) runs the same program in both passes. Where no gradient is wanted, `torch.compile` of
-            the whole model takes in the solve, written out, if it has a fixed number of at most 32 steps; `statistics` are kept, warnings are not given.
+            the whole model in eval mode takes in the solve, written out, if it has a fixed number of at most 32 steps; `statistics` are kept, warnings are
+            not given.
         beta: relaxation in (0, 2), not 1. Taken to the nearest fraction of a denominator up to 1000, with a warning where
             that differs; `layer.beta` is the value in use. Converges for beta < 2 / (1 + k) if the block is k-Lipschitz in z, k < 1.
         max_steps: N >= 1; a step is two evaluations of the block.
@@ -432,21 +433,20 @@ class ReversibleFixedPoint(nn.Module):
         """Whether a compiled caller gets the solve as part of its own program, which is written out evaluation by evaluation."""
         if torch.compiler.is_exporting():
             return True
+        if torch.is_grad_enabled() or any(module.training for module in self.block.modules()):  # dropout: one mask for all evaluations
+            return False
         steps = self.max_steps if max_steps is None else max_steps
-        fixed = self.solver == "reversible" and self.tol is None and not self.initial_scale
-        return fixed and not torch.is_grad_enabled() and 2 * steps <= WRITTEN_OUT
+        return self.solver == "reversible" and self.tol is None and not self.initial_scale and 2 * steps <= WRITTEN_OUT
 
     @torch.compiler.disable
     def _solve_apart(self, z0, x, context, max_steps, gradient, output_trajectory, block_kwargs) -> FixedPointSolution:
         """Eager in a compiled caller; the block is compiled by itself, and the same program serves both passes."""
-        block = self.block
-        if not any(
-            isinstance(value, EvaluationSlots | SharedSlots) for value in block_kwargs.values()
-        ):  # each evaluation would be another program
-            if self._compiled_block is None:
-                self._compiled_block = [torch.compile(self.block)]  # in a list, which does not make it a submodule
-            block = self._compiled_block[0]
-        return self._solve(z0, x, context, max_steps, gradient, output_trajectory, block_kwargs, block)
+        settings = (z0, x, context, max_steps, gradient, output_trajectory, block_kwargs)
+        if any(isinstance(value, EvaluationSlots | SharedSlots) for value in block_kwargs.values()):
+            return self._solve(*settings)  # every evaluation has slots of its own, and would be a program of its own
+        if self._compiled_block is None:
+            self._compiled_block = [torch.compile(self.block)]  # in a list, which does not make it a submodule
+        return self._solve(*settings, block=self._compiled_block[0])
 
     def _solve(
         self, z0, x, context, max_steps, gradient, output_trajectory, block_kwargs, block: nn.Module | None = None
