@@ -414,7 +414,10 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     if quality.lines:
         quality.legend(fontsize="small")
     for axes in (quality, loss):
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=0.3, which="both")
+        drawn = [value for drawn in axes.lines for value in drawn.get_ydata()]
+        if drawn and axes.get_ylabel().startswith("loss") and max(drawn) > 5 * min(drawn) > 0:  # a way that fails must not flatten all others
+            axes.set_yscale("log")
     figure.savefig(path, dpi=100)
 
 
