@@ -20,7 +20,6 @@ from .adjoint_revdeq import (
     solve_stored,
     trainable_parameters,
 )
-from .cache_revdeq import EvaluationSlots, SharedSlots
 from .evaluator_revdeq import Evaluation, Evaluator, State
 from .fixed_point_solvers_revdeq import DIFFERENTIABLE_SOLVERS, FLOAT_SOLVERS
 from .implicit_revdeq import Approximation, attach_implicit, attach_phantom, solve_float, unflatten
@@ -442,8 +441,8 @@ class ReversibleFixedPoint(nn.Module):
     def _solve_apart(self, z0, x, context, max_steps, gradient, output_trajectory, block_kwargs) -> FixedPointSolution:
         """Eager in a compiled caller; the block is compiled by itself, and the same program serves both passes."""
         settings = (z0, x, context, max_steps, gradient, output_trajectory, block_kwargs)
-        if any(isinstance(value, EvaluationSlots | SharedSlots) for value in block_kwargs.values()):
-            return self._solve(*settings)  # every evaluation has slots of its own, and would be a program of its own
+        if any(hasattr(value, "next_evaluation") for value in block_kwargs.values()):
+            return self._solve(*settings)  # a cache with slots for each evaluation, which would be a program of its own each
         if self._compiled_block is None:
             self._compiled_block = [torch.compile(self.block)]  # in a list, which does not make it a submodule
         return self._solve(*settings, block=self._compiled_block[0])

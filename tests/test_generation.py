@@ -147,6 +147,20 @@ def test_the_decoding_step_compiles_to_one_graph(settings):
     torch.testing.assert_close(torch.stack(eager.logits), torch.stack(compiled.logits), rtol=0, atol=1e-5)
 
 
+def test_with_tol_compiled_decoding_leaves_the_solve_uncompiled():
+    """Its block would be another program in each evaluation, since each has slots of its own."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    how = CompileConfig(fullgraph=False, backend="aot_eager", mode=None)
+    how._compile_all_devices = True
+    model = contractive(tol=0.005, scale=2.0, beta=0.8, max_steps=12)
+    ids, mask = left_padded(IDS)
+    settings = dict(attention_mask=mask, cache_implementation="static", **GREEDY)
+    eager, compiled = (model.generate(ids, **way, **settings) for way in (dict(disable_compile=True), dict(compile_config=how)))
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] < 8
+    assert torch.equal(eager.sequences, compiled.sequences)
+
+
 def inner_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
     """What a tensor subclass consists of."""
     return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]] if hasattr(weight, "__tensor_flatten__") else [weight]
