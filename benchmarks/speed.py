@@ -66,9 +66,7 @@ class Runs:
         operations: float = 0.0,
     ) -> None:
         """Times the ways; `figures`: what else is known of them, as in `keep_row`; `operations`: of each, as a share of what the device does in a second."""
-        if self.options.ways:
-            ways = {name: way for name, way in ways.items() if name in {against, *self.options.ways}}
-        times = interleaved(ways, self.options.repeats, warm_up=1)
+        times = interleaved(self.wanted(ways, against), self.options.repeats, warm_up=1)
         for name, seconds in times.items():
             ratios = sorted(a / b for a, b in zip(seconds, times[against], strict=True))
             least, middle, greatest = (round(value, 3) for value in (ratios[0], median(ratios), ratios[-1]))
@@ -78,6 +76,10 @@ class Runs:
             if operations:
                 measured["detail"] = f"{operations / measured['seconds']:.3f} of the matrix rate"
             self.keep_row(section, shape, name, **{**(figures or {}).get(name, {}), **measured})
+
+    def wanted(self, ways: Ways, against: str) -> Ways:
+        """Those that `--ways` asks for, and the one they are compared with."""
+        return {name: way for name, way in ways.items() if not self.options.ways or name in {against, *self.options.ways}}
 
     def keep_row(self, section: str, shape: str, way: str, **figures: Any) -> None:
         """`figures`: some of against, ratio, least, greatest, seconds, peak_bytes, drift, detail."""
@@ -165,9 +167,7 @@ def step(runs: Runs) -> None:
             x.grad = None
 
         figures: dict[str, dict[str, Any]] = {}
-        for name, way in ways.items():
-            if options.ways and name not in options.ways:
-                continue
+        for name, way in runs.wanted(ways, "backprop").items():
             clean()
             figures[name] = {"peak_bytes": peak_of(partial(train, way))}
             if name.startswith("reversible"):
@@ -176,7 +176,7 @@ def step(runs: Runs) -> None:
                 figures[name]["drift"] = float(f"{FloatReversal.drift:.1e}")
         clean()
         timed: Ways = {name: partial(train, way) for name, way in ways.items()}
-        if DEVICE == "cpu" and installed("jax", "JAX"):
+        if DEVICE == "cpu" and not options.ways and installed("jax", "JAX"):
             timed |= jax_ways(block, x, rotary, beta, steps, options.bf16)
         runs.add("step", f"{batch}x{length}x{width}, N={steps}, beta={beta}", timed, "backprop", figures)
     for steps in options.memory_steps:  # memory alone, at depths that backpropagation does not reach
@@ -561,7 +561,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", choices=list(SECTIONS), default=[name for name in SECTIONS if name != "paper" or DEVICE != "cpu"]
     )
-    parser.add_argument("--ways", nargs="+", help="of the sections only these, and the one they are compared with")
+    parser.add_argument("--ways", nargs="+", help="of the sections only these, and the one they are compared with; JAX is left out then")
     parser.add_argument("--bf16", action="store_true", help="the block under bfloat16 autocast, decoding with bfloat16 weights")
     parser.add_argument("--steps", type=int, nargs="+", default=[8], help="of the block alone")
     parser.add_argument("--memory_steps", type=int, nargs="*", default=[4, 64])
