@@ -148,8 +148,8 @@ def without(settings: Settings, dropped: Iterable[str]) -> Settings:
 def shrunk(settings: Settings, scale: float) -> Settings:
     """Settings of a run that is `scale` times as long, on a network of about `scale` times as many parameters.
 
-    Updates, sequences or images in a batch and rows to evaluate on are multiplied by `scale`, widths by its square root; each is rounded to what a
-    network can have (whole heads of even size, groups of 16 channels) and is never less than what a run needs. Rates, schedules, steps of
+    Updates (those of the warm-up, too), sequences or images in a batch and rows to evaluate on are multiplied by `scale`, widths by its square root; each
+    is rounded to what a network can have (whole heads of even size, groups of 16 channels) and is never less than what a run needs. Rates, schedules, steps of
     the solver and everything else stay.
     """
     if not 0 < scale <= 1:
@@ -158,7 +158,8 @@ def shrunk(settings: Settings, scale: float) -> Settings:
         return settings
 
     root, images, heads = math.sqrt(scale), "hidden_sizes" in settings, settings.get("num_attention_heads", 4)
-    least = {"max_steps": 4, "per_device_train_batch_size": 8 if images else 1, "save_steps": 1, "eval_steps": 1, "logging_steps": 1}
+    least = {"max_steps": 4, "warmup_steps": 0, "per_device_train_batch_size": 8 if images else 1}
+    least |= dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), 1)
     least |= dict.fromkeys(("max_eval_rows", "max_eval_images", "test_count", "curve_count"), 16)
     multiples = {"hidden_size": 2 * heads, "intermediate_size": 16, "hidden_sizes": 16}
     small = dict(settings)

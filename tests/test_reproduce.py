@@ -170,9 +170,10 @@ def test_baselines_of_equal_evaluations_have_them():
 
 def test_shrunk():
     settings = {"max_steps": 5000, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "save_steps": 0.25}
-    settings |= {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "solver_steps": 4}
+    settings |= {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "solver_steps": 4, "warmup_steps": 500}
     small = reproduce.shrunk(settings, 0.01)
     assert small["max_steps"] == 50
+    assert small["warmup_steps"] == 5  # 500 would leave the rate near zero to the end
     assert small["hidden_size"] % (2 * 12) == 0
     assert 72 <= small["hidden_size"] <= 96
     assert small["intermediate_size"] == 304
@@ -188,6 +189,7 @@ def test_shrunk():
     assert images["hidden_sizes"] == [16, 32, 48]
     assert images["per_device_train_batch_size"] == 8  # BatchNorm needs several
     assert images["max_steps"] == 4
+    assert reproduce.shrunk({"warmup_steps": 0.1, "max_steps": 100}, 0.01)["warmup_steps"] == 0.1  # a share stays
     for scale in (0, -1, 1.5):
         with pytest.raises(ValueError, match=r"--scale must lie in \(0, 1\]"):
             reproduce.shrunk(settings, scale)
