@@ -56,6 +56,7 @@ class Problem:
     tokens: dict[str, Any] | None = (
         None  # of the configuration, where the parts are tokens, (batch, seq), with logits in the last dimension
     )
+    train_steps: tuple[int, int] = (6, 24)
     test_damping: float | None = None  # None: that of the training
     flags: dict[str, Any] = field(default_factory=dict)  # whose defaults differ, as docs/think_longer.md has them
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = collate
@@ -67,14 +68,16 @@ PROBLEMS = {
         *(mazes, 9, [9, 21], [12, 24, 48, 96, 192, 384], 32),
         channels=3,
         test_damping=0.5,
-        flags=dict(hidden_size=32, learning_rate=3e-3, train_steps=[6, 18], max_steps=1000),
+        train_steps=(6, 18),
+        flags=dict(hidden_size=32, learning_rate=3e-3, max_steps=1000),
     ),
     "sudoku": Problem(
         *(sudoku, 36, [40, 32, 26], [8, 16, 32, 64, 128], 32),
         train_count=1_000,
         tokens=dict(vocab_size=810, num_labels=9, is_causal=False),
         collate=collate_sudoku,
-        flags=dict(hidden_size=96, learning_rate=2e-3, train_steps=[4, 12], max_steps=4000),
+        train_steps=(4, 12),
+        flags=dict(hidden_size=96, learning_rate=2e-3, max_steps=4000),
     ),
     "permutations": Problem(
         *(permutations, 16, [16, 32, 64, 128], [8, 16, 32, 64, 128, 256], 32),
@@ -82,7 +85,8 @@ PROBLEMS = {
         tokens=dict(vocab_size=3, num_labels=120, use_cache=False),
         collate=collate_words,
         test_damping=0.5,
-        flags=dict(hidden_size=64, learning_rate=3e-3, muon_learning_rate=0.01, adam_beta2=0.98, train_steps=[8, 16], max_steps=1200),
+        train_steps=(8, 16),
+        flags=dict(hidden_size=64, learning_rate=3e-3, muon_learning_rate=0.01, adam_beta2=0.98, max_steps=1200),
     ),
 }
 
@@ -130,12 +134,23 @@ class NetworkArguments:
         default=None,
         metadata={"help": "Share of the state in each value of the block, in [0, 1). Default: 0, or that of the trained model."},
     )
-    train_steps: list[int] = field(
-        default_factory=lambda: [6, 24], metadata={"help": "Least and most steps of a training batch, or their number."}
+    train_steps: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Least and most steps of a training batch, or their number. Default: those of the trained model, or the problem's."
+        },
     )
-    gradient: str = field(default="reversible", metadata={"help": "reversible, checkpoint, backprop, implicit or phantom."})
-    initial_scale: float = field(default=0.0, metadata={"help": "Standard deviation of the start states, drawn for each problem."})
-    path_noise: float = field(default=0.0, metadata={"help": "Standard deviation of noise on the path, in training."})
+    gradient: str | None = field(
+        default=None,
+        metadata={"help": "reversible, checkpoint, backprop, implicit or phantom. Default: that of the trained model, or reversible."},
+    )
+    initial_scale: float | None = field(
+        default=None,
+        metadata={"help": "Standard deviation of the start states, drawn for each problem. Default: that of the trained model, or 0."},
+    )
+    path_noise: float | None = field(
+        default=None, metadata={"help": "Standard deviation of noise on the path, in training. Default: that of the trained model, or 0."}
+    )
     residual_weight: float = field(
         default=0.0,
         metadata={
@@ -199,19 +214,19 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         if problem.tokens:  # the same layers; the problem's mask tells what each token sees
             return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth, **problem.tokens))
         return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
-    given: dict[str, Any] = {name: value for name in ("beta", "damping", "num_restarts") if (value := getattr(options, name)) is not None}
+    names = ("beta", "damping", "num_restarts", "gradient", "initial_scale", "path_noise")
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
+    steps = options.train_steps or (None if options.model_name_or_path else problem.train_steps)
+    if steps:
+        least, most = steps[0], steps[-1]
+        if len(steps) > 2 or not 1 <= least <= most:
+            raise ValueError(f"--train_steps takes a number of steps, or the least and the most of them, got {' '.join(map(str, steps))}")
+        given["max_steps"] = most
+        given["steps_sampling"] = {"distribution": "uniform", "min_steps": least, "max_steps": most} if least < most else None
     if options.model_name_or_path:
         model_class = RevDEQForTokenClassification if problem.tokens else RevDEQForSemanticSegmentation
         return model_class.from_pretrained(options.model_name_or_path, **given)
-    least, most = options.train_steps[0], options.train_steps[-1]
-    solve: dict[str, Any] = dict(
-        max_steps=most,
-        steps_sampling={"distribution": "uniform", "min_steps": least, "max_steps": most} if least < most else None,
-        gradient=options.gradient,
-        initial_scale=options.initial_scale,
-        path_noise=options.path_noise,
-        **{"beta": 0.8, **given},
-    )
+    solve = {"beta": 0.8, **given}
     if problem.tokens:
         return RevDEQForTokenClassification(RevDEQConfig(**layer, **solve, **problem.tokens))
     config = RevDEQVisionConfig.dense_prediction(

@@ -95,6 +95,24 @@ def test_a_flag_that_is_not_given_is_that_of_the_problem_s_best_run(think, tmp_p
     assert think.main(words[:at] + words[at + 2 :])["parameters"] == 19_586  # as docs/think_longer.md says
 
 
+def test_going_on_trains_as_before_but_for_the_flags(think, tmp_path):
+    """Steps, gradient and start states of a trained model stay unless a flag says otherwise; the flags were once ignored where a model was given."""
+    problem, few = think.PROBLEMS["mazes"], dict(hidden_size=8)
+    assert think.build_network(think.NetworkArguments(**few), problem).config.max_steps == 18  # the problem's
+    think.build_network(think.NetworkArguments(**few, train_steps=[2, 5], gradient="phantom", initial_scale=0.5), problem).save_pretrained(
+        tmp_path
+    )
+
+    def settings(**given) -> tuple:
+        config = think.build_network(think.NetworkArguments(model_name_or_path=str(tmp_path), **given), problem).config
+        least = config.steps_sampling and config.steps_sampling["min_steps"]
+        return least, config.max_steps, config.gradient, config.initial_scale, config.path_noise
+
+    assert settings() == (2, 5, "phantom", 0.5, 0.0)
+    assert settings(train_steps=[4, 9]) == (4, 9, "phantom", 0.5, 0.0)
+    assert settings(train_steps=[7], gradient="reversible", initial_scale=0.0, path_noise=0.1) == (None, 7, "reversible", 0.0, 0.1)
+
+
 @pytest.mark.parametrize(("problem", "size"), [("prefix_sums", 9), ("mazes", 9), ("sudoku", 60), ("permutations", 12)])
 def test_explicit_stacks(think, tmp_path, problem, size):
     results = think.main(
@@ -150,6 +168,7 @@ def test_the_residual_in_the_loss(think, tmp_path):
         (dict(problem="chess"), "--problem must be one of prefix_sums, mazes, sudoku, permutations, got 'chess'"),
         (dict(network="transformer"), "--network must be equilibrium or stack, got 'transformer'"),
         (dict(network="stack", model_name_or_path="runs/x"), "takes an equilibrium network; a stack is trained from the start"),
+        (dict(train_steps=[5, 3]), "--train_steps takes a number of steps, or the least and the most of them, got 5 3"),
         (dict(num_restarts=3), "num_restarts=3 from a start state of zero would find the same 3 times"),
     ],
 )
