@@ -218,6 +218,8 @@ class RevDEQRecallBlock(nn.Module):
         expansion: channels between the convolutions as a multiple of `channels`; x is added to the first ones of them.
     """
 
+    channels_last_on_cpu = True  # it has no GroupNorm, see memory_format; a norm at each position then copies nothing
+
     def __init__(self, config: RevDEQVisionConfig, channels: int, expansion: int) -> None:
         super().__init__()
         hidden, kernel = channels * expansion, config.kernel_sides

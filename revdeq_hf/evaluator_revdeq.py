@@ -64,12 +64,13 @@ def set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
         buffer.copy_(value)
 
 
-def memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    """channels_last where a tensor on an accelerator is laid out so (and not contiguous as well): the states of a solve keep to it.
+def memory_format(tensor: torch.Tensor, block: nn.Module) -> torch.memory_format:
+    """channels_last where a tensor is laid out so (and not contiguous as well): the states of a solve keep to it.
 
-    Not on the CPU: there torch 2.13's GroupNorm, given channels_last values that need no gradient, crashes the process in its backward pass.
+    On the CPU for blocks alone that say that they may have it, by an attribute `channels_last_on_cpu`: there torch 2.13's GroupNorm, given channels_last
+    values that need no gradient, crashes the process in its backward pass.
     """
-    if tensor.device.type == "cpu":
+    if tensor.device.type == "cpu" and not getattr(block, "channels_last_on_cpu", False):
         return torch.contiguous_format
     for dims, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if tensor.dim() == dims and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form):
@@ -100,7 +101,7 @@ class Evaluator:
         self.template = _take_tensors(arguments, self.tensors)
         self.is_tuple = is_tuple
         self.shapes = tuple(s.shape for s in state)
-        self.formats = [memory_format(s) for s in state]
+        self.formats = [memory_format(s, block) for s in state]
         self.dtype = state[0].dtype
         self.device = state[0].device
         self.random = False

@@ -110,6 +110,32 @@ def test_gradient_modes_agree_and_drift_is_zero(settings):
         assert torch.equal(a, c)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "implicit", "phantom"])
+def test_the_layout_of_the_states_changes_nothing_but_the_time(gradient, dtype):
+    """On the CPU they lie channels_last, in which the block's norms copy nothing; where the block does not ask for it, contiguous as everywhere."""
+    found = []
+    for asked in (True, False):
+        model = small(gradient=gradient).to(dtype)
+        (stage,) = model.model.stages
+        stage.block.channels_last_on_cpu = asked
+        seen: list[bool] = []
+        hook = lambda block, given, seen=seen: seen.append(given[0].is_contiguous(memory_format=torch.channels_last))  # noqa: E731
+        stage.block.register_forward_pre_hook(hook)
+        out = model.train()(GRIDS.to(dtype), labels=LABELS)
+        out.loss.backward()
+        assert seen
+        assert all(lies is asked for lies in seen)
+        assert stage.drift == 0
+        found.append([out.logits, *(parameter.grad for parameter in model.parameters())])
+        with torch.no_grad():  # rows that are done leave the batch, the others keep their layout
+            stage.tol, before = 0.2, len(seen)
+            found[-1].append(model.eval()(GRIDS.to(dtype), max_steps=40).logits)
+        assert all(lies is asked for lies in seen[before:])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **({} if dtype == torch.float32 else dict(rtol=0.1, atol=0.1)))
+
+
 def test_trainer_learns_saves_and_the_auto_class_loads(tmp_path):
     """Each pixel's label is whether its left neighbour is bright."""
     generator = torch.Generator().manual_seed(0)
