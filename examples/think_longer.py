@@ -65,11 +65,12 @@ class Problem:
 PROBLEMS = {
     "prefix_sums": Problem(prefix_sums, 32, [32, 128, 512], [12, 24, 48, 96, 192], 64, kernel=(1, 3)),
     "mazes": Problem(
-        *(mazes, 9, [9, 21], [12, 24, 48, 96, 192, 384], 32),
+        *(mazes, 9, [9, 21], [12, 24, 48, 96, 192, 384], 8),
+        train_count=50_000,
         channels=3,
         test_damping=0.5,
-        train_steps=(6, 18),
-        flags=dict(hidden_size=32, learning_rate=3e-3, max_steps=1000),
+        train_steps=(8, 24),
+        flags=dict(hidden_size=32, learning_rate=1.5e-3, adam_beta2=0.99, max_grad_norm=0.25, max_steps=6000, label_weights=[1.0, 30.0]),
     ),
     "sudoku": Problem(
         *(sudoku, 36, [40, 32, 26], [8, 16, 32, 64, 128], 32),
@@ -101,7 +102,7 @@ class ProblemArguments:
         default=None, metadata={"help": "Bits, cells of a side, givens or letters of the problems to train on. Default: the problem's."}
     )
     train_count: int | None = field(
-        default=None, metadata={"help": "Problems to train on. Default: 20,000, of Sudoku 1,000, of permutations 40,000."}
+        default=None, metadata={"help": "Problems to train on. Default: 20,000, of mazes 50,000, of Sudoku 1,000, of permutations 40,000."}
     )
     train_guises: int = field(
         default=100, metadata={"help": "Guises of each Sudoku to train on: digits renamed, rows and columns permuted."}
@@ -157,6 +158,12 @@ class NetworkArguments:
             "help": "Weight of the relative residual's square in the loss, growing from 0 to this: learn to be right, then to converge."
         },
     )
+    label_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "How often each of the two labels of a grid counts in the loss, the logits still telling the likelier. Default: once, of mazes 1 and 30."
+        },
+    )
     num_restarts: int | None = field(
         default=None, metadata={"help": "Start states in the tests, of which the answer of the smallest residual is taken. Default: one."}
     )
@@ -166,7 +173,9 @@ class NetworkArguments:
 class ThinkingArguments(TrainingArguments):
     output_dir: str = field(default="runs/think_longer", metadata={"help": "Where the model and the results are written."})
     max_steps: int = field(default=2500, metadata={"help": "Updates."})
-    per_device_train_batch_size: int = field(default=0, metadata={"help": "Problems in an update. Default: 64, of mazes and Sudoku 32."})
+    per_device_train_batch_size: int = field(
+        default=0, metadata={"help": "Problems in an update. Default: 64, of mazes 8, of Sudoku and permutations 32."}
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=100, metadata={"help": "Updates over which it rises; or their share, if below 1."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How it falls."})
@@ -240,18 +249,26 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
     return RevDEQForSemanticSegmentation(config)
 
 
-class ConvergingTrainer(ResumableTrainer):
-    """Adds a weight, rising from 0 to `residual_weight`, times `||f(z) - z||^2 / ||f(z)||^2` of the state returned, mean of the problems.
+class ThinkingTrainer(ResumableTrainer):
+    """Trains with a loss of its own, where weights are given.
 
-    A right answer may be read from a state that is no fixed point: one with z = f(y), y = f(z) and y other than z, which no step changes either. Costs one
-    more evaluation of the block.
+    Args:
+        label_weights: label i counts `label_weights[i]` times, in the cross-entropy of the logits shifted by the logarithms of the weights. What cannot be
+            known yet is then left at the label of the greater weight; the shift makes up for it in the logits, of which the largest is still that of the
+            likeliest label.
+        residual_weight: of `||f(z) - z||^2 / ||f(z)||^2` of the state returned, mean of the problems; the weight rises from 0 to this. A right answer may be
+            read from a state that is no fixed point: one with z = f(y), y = f(z) and y other than z, which no step changes either. Costs one more evaluation
+            of the block.
+        kwargs: of Trainer.
     """
 
-    def __init__(self, residual_weight: float, **kwargs: Any) -> None:
+    def __init__(self, label_weights: list[float] | None = None, residual_weight: float = 0.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.label_weights = label_weights
         self.residual_weight = residual_weight
-        (layer,) = [layer for _, layer in fixed_point_layers(kwargs["model"])]
-        layer.register_forward_hook(self._remember, with_kwargs=True)
+        if residual_weight:
+            (layer,) = [layer for _, layer in fixed_point_layers(kwargs["model"])]
+            layer.register_forward_hook(self._remember, with_kwargs=True)
 
     def _remember(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], solution: Any) -> None:
         solver = ("max_steps", "gradient", "output_trajectory", "num_restarts")
@@ -259,11 +276,16 @@ class ConvergingTrainer(ResumableTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        block, z, args, context = self.solve
-        del self.solve  # with it the graph would live until the next batch
-        f = block(z, *args, **context)
-        away, size = ((part.flatten(1).float() ** 2).sum(1) for part in (f - z, f))
-        loss = loss + self.residual_weight * self.state.global_step / self.state.max_steps * (away / size).mean()
+        if self.label_weights:
+            logits = outputs["logits"].float()
+            weights = logits.new_tensor(self.label_weights)
+            loss = F.cross_entropy(logits + weights.log().view(-1, 1, 1), inputs["labels"], weights)
+        if self.residual_weight:
+            block, z, args, context = self.solve
+            del self.solve  # with it the graph would live until the next batch
+            f = block(z, *args, **context)
+            away, size = ((part.flatten(1).float() ** 2).sum(1) for part in (f - z, f))
+            loss = loss + self.residual_weight * self.state.global_step / self.state.max_steps * (away / size).mean()
         return (loss, outputs) if return_outputs else loss
 
 
@@ -440,6 +462,9 @@ def main(arguments: list[str] | None = None) -> dict:
         resume = checkpoint_to_resume(training)
     elif (folder / "results.json").exists():
         raise FileExistsError(f"{folder} holds the results of another run; choose another --output_dir for these tests")
+    weights = options.label_weights
+    if weights and (problem.tokens or len(weights) != 2 or min(weights) <= 0):
+        raise ValueError(f"--label_weights takes two positive numbers, for the labels 0 and 1 of prefix sums or mazes, got {weights}")
     set_seed(training.seed)
     model: Any = build_network(options, problem)
     results: Figures = {"problem": data.problem, "parameters": sum(p.numel() for p in model.parameters())}
@@ -448,11 +473,14 @@ def main(arguments: list[str] | None = None) -> dict:
         rows = problem.make(data.train_count or problem.train_count, train_size, data.problem_seed, "train")
         if problem.make is sudoku:
             rows = guises(rows, data.train_guises, data.problem_seed)
-        settings = dict(
-            model=model, args=training, train_dataset=rows, data_collator=problem.collate, optimizer_cls_and_kwargs=muon_adamw(training)
-        )
-        trainer: ResumableTrainer = (
-            ConvergingTrainer(options.residual_weight, **settings) if options.residual_weight else ResumableTrainer(**settings)
+        trainer = ThinkingTrainer(
+            weights,
+            options.residual_weight,
+            model=model,
+            args=training,
+            train_dataset=rows,
+            data_collator=problem.collate,
+            optimizer_cls_and_kwargs=muon_adamw(training),
         )
         trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
         trained = trainer.train(resume_from_checkpoint=resume)

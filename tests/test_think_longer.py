@@ -98,7 +98,7 @@ def test_a_flag_that_is_not_given_is_that_of_the_problem_s_best_run(think, tmp_p
 def test_going_on_trains_as_before_but_for_the_flags(think, tmp_path):
     """Steps, gradient and start states of a trained model stay unless a flag says otherwise; the flags were once ignored where a model was given."""
     problem, few = think.PROBLEMS["mazes"], dict(hidden_size=8)
-    assert think.build_network(think.NetworkArguments(**few), problem).config.max_steps == 18  # the problem's
+    assert think.build_network(think.NetworkArguments(**few), problem).config.max_steps == 24  # the problem's
     think.build_network(think.NetworkArguments(**few, train_steps=[2, 5], gradient="phantom", initial_scale=0.5), problem).save_pretrained(
         tmp_path
     )
@@ -141,7 +141,7 @@ def test_the_residual_in_the_loss(think, tmp_path):
     """Half way through the training half of its weight; its gradient goes through the solve, which stays exact."""
     model = think.build_network(think.NetworkArguments(hidden_size=8, train_steps=[3]), think.PROBLEMS["mazes"])
     arguments = think.ThinkingArguments(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=4)
-    trainer = think.ConvergingTrainer(0.6, model=model, args=arguments)
+    trainer = think.ThinkingTrainer(residual_weight=0.6, model=model, args=arguments)
     trainer.state.global_step, trainer.state.max_steps = 5, 10
     batch = think.collate(list(think.mazes(4, 7, 0)))
     loss, _ = trainer.compute_loss(model, batch, return_outputs=True)
@@ -162,6 +162,33 @@ def test_the_residual_in_the_loss(think, tmp_path):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_labels_that_weigh_more(think, tmp_path):
+    """A place of which nothing can be known: its best logits, by the weighted loss, are the log odds of its labels, not shifted by the weights."""
+
+    class Guess(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, labels):
+            logits = torch.stack([torch.zeros(labels.shape), self.logit.expand(labels.shape)], 1)
+            return {"loss": torch.zeros(()), "logits": logits}
+
+    labels = torch.zeros(2, 4, 5, dtype=torch.long)
+    labels[0, 0] = 1  # 5 of 40
+    model = Guess()
+    arguments = think.ThinkingArguments(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=4)
+    trainer = think.ThinkingTrainer([1.0, 30.0], model=model, args=arguments)
+    loss = trainer.compute_loss(model, {"labels": labels})
+    odds = torch.tensor(30.0)
+    by_hand = (5 * 30 * -(odds / (1 + odds)).log() + 35 * (1 + odds).log()) / (5 * 30 + 35)
+    torch.testing.assert_close(loss, by_hand)
+    with torch.no_grad():
+        model.logit.fill_(5 / 35).log_()
+    trainer.compute_loss(model, {"labels": labels}).backward()
+    assert model.logit.grad.abs() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -169,6 +196,7 @@ def test_the_residual_in_the_loss(think, tmp_path):
         (dict(network="transformer"), "--network must be equilibrium or stack, got 'transformer'"),
         (dict(network="stack", model_name_or_path="runs/x"), "takes an equilibrium network; a stack is trained from the start"),
         (dict(train_steps=[5, 3]), "--train_steps takes a number of steps, or the least and the most of them, got 5 3"),
+        (dict(label_weights=[1, 0]), "--label_weights takes two positive numbers"),
         (dict(num_restarts=3), "num_restarts=3 from a start state of zero would find the same 3 times"),
     ],
 )
