@@ -56,7 +56,7 @@ class Problem:
     tokens: dict[str, Any] | None = (
         None  # of the configuration, where the parts are tokens, (batch, seq), with logits in the last dimension
     )
-    train_steps: tuple[int, int] = (6, 24)
+    train_steps: tuple[int, int] = (6, 24)  # least and most of a training batch
     test_damping: float | None = None  # None: that of the training
     flags: dict[str, Any] = field(default_factory=dict)  # whose defaults differ, as docs/think_longer.md has them
     collate: Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]] = collate

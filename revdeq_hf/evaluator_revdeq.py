@@ -67,8 +67,8 @@ def set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
 def memory_format(tensor: torch.Tensor, block: nn.Module) -> torch.memory_format:
     """channels_last where a tensor is laid out so (and not contiguous as well): the states of a solve keep to it.
 
-    On the CPU for blocks alone that say that they may have it, by an attribute `channels_last_on_cpu`: there torch 2.13's GroupNorm, given channels_last
-    values that need no gradient, crashes the process in its backward pass.
+    On the CPU only for blocks with an attribute `channels_last_on_cpu = True`: there torch 2.13's GroupNorm, given channels_last values that need no
+    gradient, crashes the process in its backward pass.
     """
     if tensor.device.type == "cpu" and not getattr(block, "channels_last_on_cpu", False):
         return torch.contiguous_format

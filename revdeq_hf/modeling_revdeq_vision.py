@@ -201,9 +201,8 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
         dtype = self.dtype
         # x sets the dtype of the state: autocast's half precision is for the block's insides only
         hidden_states = self.stem(pixel_values.to(dtype)).to(dtype)
-        if (
-            self.config.block_type == "recall" and hidden_states.device.type == "cpu"
-        ):  # a fifth to two fifths of the time; not measured elsewhere
+        # saves a tenth to two fifths of an evaluation's time; not measured on accelerators
+        if self.config.block_type == "recall" and hidden_states.device.type == "cpu":
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         maps, solutions = [hidden_states], []
         for index, stage in enumerate(self.stages):
