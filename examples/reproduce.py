@@ -417,9 +417,8 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     for axes in (quality, loss):
         axes.grid(alpha=0.3, which="both")
         drawn = [value for drawn in axes.lines for value in drawn.get_ydata()]
-        if (
-            drawn and axes.get_ylabel().startswith("loss") and max(drawn) > 5 * min(drawn) > 0
-        ):  # a way that fails must not flatten all others
+        # a way that fails must not flatten all others
+        if drawn and axes.get_ylabel().startswith("loss") and max(drawn) > 5 * min(drawn) > 0:
             axes.set_yscale("log")
     figure.savefig(path, dpi=100)
 

@@ -202,7 +202,7 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
         # x sets the dtype of the state: autocast's half precision is for the block's insides only
         hidden_states = self.stem(pixel_values.to(dtype)).to(dtype)
         # saves a tenth to two fifths of an evaluation's time; not measured on accelerators
-        if self.config.block_type == "recall" and hidden_states.device.type == "cpu":
+        if hidden_states.device.type == "cpu" and getattr(self.stages[0].block, "channels_last_on_cpu", False):
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         maps, solutions = [hidden_states], []
         for index, stage in enumerate(self.stages):
