@@ -78,6 +78,7 @@ class FloatSolve(nn.Module):
         super().__init__()
         self.stored = stored
         self.block: nn.Module = layer.block
+        self.gradient = layer.gradient
         self.beta, self.wide, self.autocast = layer.beta, wide, autocast
 
     def forward(self, x, *, max_steps, gradient, past_key_values=None, **kwargs):
@@ -152,7 +153,7 @@ def main() -> None:
                     for way in ("exact", "float32", "float64"):
                         found = []
                         for stored in (True, False):
-                            model.config.gradient = "backprop" if stored else "reversible"
+                            layer.gradient = "backprop" if stored else "reversible"
                             if way != "exact":
                                 model.model.solve = FloatSolve(layer, getattr(torch, way), autocast, stored)
                             found.append(gradients(model, ids, autocast))

@@ -227,7 +227,7 @@ def language(runs: Runs) -> None:
 
     def update(model: Any, optimizer: torch.optim.Optimizer, gradient: str | None = None) -> None:
         if gradient:
-            model.config.gradient = gradient
+            model.model.solve.gradient = gradient
         with torch.autocast(DEVICE, torch.bfloat16, enabled=options.bf16):
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -269,7 +269,7 @@ def paper(runs: Runs) -> None:
     programs = {"": model, ", compiled": torch.compile(model)}
 
     def update(gradient: str, how: str) -> None:
-        model.config.gradient = gradient
+        model.model.solve.gradient = gradient
         with torch.autocast(DEVICE, torch.bfloat16, enabled=options.bf16):
             loss = programs[how](ids, labels=ids, use_cache=False).loss
         loss.backward()

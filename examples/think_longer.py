@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForTokenClassificat
 from revdeq_hf import RevDEQConfig, RevDEQForSemanticSegmentation, RevDEQForTokenClassification, RevDEQVisionConfig
 from revdeq_hf.block_revdeq import RevDEQPositionNorm
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
-from revdeq_hf.layer_revdeq import fixed_point_layers
+from revdeq_hf.layer_revdeq import SOLVER_ARGUMENTS, fixed_point_layers
 from revdeq_hf.optimizers import muon_adamw
 from revdeq_hf.training import RevDEQCallback, greatest_drift, peak_memory, run_record
 
@@ -271,8 +271,8 @@ class ThinkingTrainer(ResumableTrainer):
             layer.register_forward_hook(self._remember, with_kwargs=True)
 
     def _remember(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], solution: Any) -> None:
-        solver = ("max_steps", "gradient", "output_trajectory", "num_restarts")
-        self.solve: tuple[Any, ...] = layer.block, solution.z, args, {name: value for name, value in kwargs.items() if name not in solver}
+        context = {name: value for name, value in kwargs.items() if name not in SOLVER_ARGUMENTS}
+        self.solve: tuple[Any, ...] = layer.block, solution.z, args, context
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)

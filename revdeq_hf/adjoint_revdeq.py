@@ -53,6 +53,7 @@ class Solve:
         record: whether to keep `trajectory`, the values of z after each step, and `step_residuals`, those at the start of each step.
         noise: standard deviation of what is added to each value of the block on the path, 0 for none; residuals are those of the bare values. It follows
             from `noise_seed` and the number of the evaluation, so that the backward pass meets it again.
+        measure_mask: (batch, positions) bool, with `row_dims` 1: what of the state counts in the residuals; None: all.
 
     Attributes after `iterate`:
         taken, entered, evaluations: steps executed (the most of all rows), those begun (one more where `tol` ended it), calls of the block.
@@ -71,9 +72,11 @@ class Solve:
         record: bool = False,
         noise: float = 0.0,
         noise_seed: int = 0,
+        measure_mask: torch.Tensor | None = None,
     ) -> None:
         self.evaluator = evaluator
         self.noise, self.noise_seed = noise, noise_seed
+        self.measure_mask = measure_mask
         self.row_dims = row_dims
         self.record = record
         self.trajectory: list[State] = []
@@ -267,6 +270,8 @@ class Solve:
     def _measure(self, f: State, z: State) -> None:
         """Residuals of the rows still active, which cease to be where they meet `tol`."""
         with torch.no_grad():
+            if self.measure_mask is not None:
+                f, z = (tuple(part.masked_fill(~per_row(self.measure_mask, part), 0) for part in state) for state in (f, z))
             residual = residual_of(f, z, self.row_dims) / (1 - self.evaluator.damping)  # a damped value lies so much closer to z
             if self.active is None or self.residual is None:
                 self.residual = residual
@@ -496,7 +501,9 @@ def solve_plain(solve: Solve, z0: State | None) -> State:
     y, z = (solve.start(z0, scratch, reversed_later=False) for _ in range(2))
     evaluator = solve.evaluator
     # a compiled block would be compiled again for each number of rows
-    compact = evaluator.rows_are_apart and not evaluator.compiled and solve.row_dims == 1 and not solve.record
+    compact = (
+        evaluator.rows_are_apart and not evaluator.compiled and solve.row_dims == 1 and not solve.record and solve.measure_mask is None
+    )
     whole = evaluator.tensors, evaluator.shapes
     with torch.no_grad():
         out = solve.iterate(y, z, z0, lambda state, _: evaluator(state, evaluator.tensors), compact=compact)
@@ -514,16 +521,21 @@ def solve_reversible(solve: Solve, z0: State | None, keep: int, certificate: Any
 def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[State, int], State]:
     """Evaluations that autograd sees. Those of a number below `recompute_before` keep their inputs only, the others their graphs."""
     arguments = evaluator.tensors
+    parameters = trainable_parameters(evaluator.block) if recompute_before else []
 
     def call(state: State) -> State:
         with evaluator.precision():
             return evaluator(state, arguments)
 
+    def call_again(state: State) -> State:
+        refuse_other_parameters(evaluator.block, parameters)
+        return call(state)
+
     def evaluate(state: State, number: int) -> State:
         if number >= recompute_before:
             return call(state)
         contexts = lambda: (contextlib.nullcontext(), evaluator.replay())  # noqa: E731
-        return checkpoint(call, state, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(call_again, state, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     return evaluate
 

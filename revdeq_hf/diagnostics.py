@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .adjoint_revdeq import residual_of
 from .evaluator_revdeq import Evaluator, State, evaluate_with_graph, generator_states, set_buffers, set_generator_states
-from .layer_revdeq import ReversibleFixedPoint, fixed_point_layers
+from .layer_revdeq import SOLVER_ARGUMENTS, ReversibleFixedPoint, fixed_point_layers
 from .solver_revdeq import rows
 
 
@@ -29,6 +30,7 @@ class Diagnosis:
             at the state returned.
         drift: difference between the reconstructed and the true start state in one backward pass; None where the gradient mode is not "reversible".
         clamped, nonfinite: evaluations of rows in which a value left the range that is kept exactly, or was NaN or infinite.
+        pairs: rows that came to rest where no fixed point is: `y = f(z)`, `z = f(y)` and y other than z, which the iteration does not leave either.
     """
 
     beta: float
@@ -39,6 +41,7 @@ class Diagnosis:
     drift: float | None
     clamped: int
     nonfinite: int
+    pairs: int = 0
 
     @property
     def beta_limit(self) -> float:
@@ -158,21 +161,25 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
                 f"asks for beta < 2 / (1 + k) = {diagnosis.beta_limit:.3g}, k < 1, and beta is {diagnosis.beta:g}; {remedy}",
                 stacklevel=2,
             )
+        if diagnosis.pairs:
+            warnings.warn(
+                f"{diagnosis.pairs} of the {diagnosis.steps.numel()} rows of the fixed point {name!r} rest in a pair y = f(z), z = f(y), y other than z, and "
+                "not in a fixed point, which more steps do not change; damping=0.5 leads out of pairs (after training, as in training)",
+                stacklevel=2,
+            )
     return found[""] if isinstance(module, ReversibleFixedPoint) else found
 
 
 def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, power_iterations: int) -> Diagnosis:
     (x, *context), named = tree_map_only(torch.Tensor, torch.Tensor.detach, (given, named))
     x = tree_map_only(torch.Tensor, torch.Tensor.requires_grad_, x)
-    settings = {name: named.pop(name) for name in ("z0", "max_steps", "gradient") if name in named}
-    for name in ("output_trajectory", "num_restarts"):
-        named.pop(name, None)
-    settings["num_restarts"] = 1  # of several start states the first
+    settings = {name: named.pop(name) for name in SOLVER_ARGUMENTS if name in named}
+    settings |= {"output_trajectory": True, "num_restarts": 1}  # of several start states the first
     settings["max_steps"] = settings.get("max_steps") or layer.max_steps  # a number, so that none is drawn
     device = tree_leaves(x)[0].device
     generators, buffers = generator_states(device), [(buffer, buffer.clone()) for buffer in layer.buffers()]
     with torch.enable_grad():
-        solution = layer(x, *context, **settings, output_trajectory=True, **named)
+        solution = layer(x, *context, **settings, **named)
         is_tuple = isinstance(solution.z, tuple)
         z: State = solution.z if is_tuple else (solution.z,)
         drift = None
@@ -184,6 +191,9 @@ def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, powe
     evaluator = Evaluator(layer.block, (x, tuple(context), named), is_tuple, z, layer.damping)
     evaluation = evaluate_with_graph(evaluator, z, [tensor.detach() for tensor in evaluator.tensors])
     radius = _spectral_radius(evaluation.state, evaluation.f, power_iterations)
+    with torch.no_grad(), evaluator.precision():
+        twice = evaluator(tuple(part.detach() for part in evaluation.f), evaluator.tensors)
+    away, back = (residual_of(part, z, layer.row_dims) for part in (evaluation.f, twice))
     assert solution.step_residuals is not None
     return Diagnosis(
         layer.beta,
@@ -194,6 +204,7 @@ def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, powe
         drift,
         int(solution.clamped.sum()),
         int(solution.nonfinite.sum()),
+        int(((away > 0.1) & (back < 0.1 * away)).sum()),
     )
 
 

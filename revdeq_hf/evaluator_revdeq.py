@@ -2,7 +2,8 @@
 """Calls of the block that give the same bits whenever they are repeated, with or without a graph."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,27 +20,34 @@ class _Slot:
     index: int
 
 
+def _map_leaves(act: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree` with `act` done to what plain tuples, lists and dicts, named tuples and ordered dicts hold. Not torch's pytree, which would take caches apart,
+    whose copies the block would write to."""
+    kind = type(tree)
+    if kind in (tuple, list):
+        return kind(_map_leaves(act, item) for item in tree)
+    if kind in (dict, OrderedDict):
+        return kind((key, _map_leaves(act, item)) for key, item in tree.items())
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return kind(*(_map_leaves(act, item) for item in tree))
+    return act(tree)
+
+
 def _take_tensors(tree: Any, found: list[torch.Tensor]) -> Any:
-    """`tree` with every tensor in plain tuples, lists and dicts replaced by a `_Slot`; the tensors are appended to `found`."""
-    if isinstance(tree, torch.Tensor):
-        found.append(tree)
+    """`tree` with every tensor replaced by a `_Slot`; the tensors are appended to `found`."""
+
+    def take(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        found.append(leaf)
         return _Slot(len(found) - 1)
-    if type(tree) in (tuple, list):
-        return type(tree)(_take_tensors(item, found) for item in tree)
-    if type(tree) is dict:
-        return {key: _take_tensors(item, found) for key, item in tree.items()}
-    return tree
+
+    return _map_leaves(take, tree)
 
 
 def _put_tensors(tree: Any, tensors: "list[torch.Tensor]") -> Any:
     """The inverse of `_take_tensors`."""
-    if isinstance(tree, _Slot):
-        return tensors[tree.index]
-    if type(tree) in (tuple, list):
-        return type(tree)(_put_tensors(item, tensors) for item in tree)
-    if type(tree) is dict:
-        return {key: _put_tensors(item, tensors) for key, item in tree.items()}
-    return tree
+    return _map_leaves(lambda leaf: tensors[leaf.index] if isinstance(leaf, _Slot) else leaf, tree)
 
 
 def generator_states(device: torch.device) -> list[torch.Tensor]:
@@ -88,7 +96,7 @@ class Evaluator:
 
     Args:
         block: called as `block(z, x, *context, **kwargs)`.
-        arguments: `(x, context, kwargs)`; tensors in them, also inside plain tuples, lists and dicts, are taken out into `tensors`.
+        arguments: `(x, context, kwargs)`; tensors in them, also inside tuples, lists and dicts, are taken out into `tensors`.
         is_tuple: whether states are handed to the block as a tuple.
         state: tensors of the shapes, dtype and device that the block must return.
         damping: share of the state in each value: `damping z + (1 - damping) f(z)`, which has the block's fixed points.
@@ -108,8 +116,9 @@ class Evaluator:
         self._changed: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that an evaluation changes, with their values before it
         self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
         self._generators: list[torch.Tensor] | None = None
-        kinds = {self.device.type, "cpu"} - {"meta"}
-        self.autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
+        kinds = sorted({self.device.type, "cpu"} - {"meta"})
+        self.autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
+        self._without_autocast = [kind for kind in kinds if kind not in self.autocast]
 
     @property
     def rows_are_apart(self) -> bool:
@@ -179,8 +188,11 @@ class Evaluator:
         """The forward pass's autocast, without its cache of cast weights: the cache would hand weights cast without a graph to an evaluation
         that needs one, and makes autograd add up the gradients of all evaluations in half precision."""
         with contextlib.ExitStack() as stack:
-            for kind, dtype in self.autocast:
+            for kind, dtype in self.autocast.items():
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+            for kind in self._without_autocast:
+                if torch.is_autocast_enabled(kind):  # around the backward pass alone
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 
     def replay(self) -> "_Replay":

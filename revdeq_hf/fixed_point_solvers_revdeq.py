@@ -1,7 +1,8 @@
 # Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
 """Fixed-point solvers that are not reversible, for the gradient modes that need no reversal.
 
-All work on states flattened to (batch, elements) and look for a root of `g(z) = f(z) - z`, every example by itself:
+All work on states flattened to (batch, elements) and look for a root of `g(z) = f(z) - z`, every example by itself (in causal models every position,
+which must not see those after it through weights that they share):
 
     picard      z' = f(z)
     relaxed     z' = (1 - beta) z + beta f(z)

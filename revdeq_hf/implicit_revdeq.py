@@ -39,15 +39,15 @@ class Approximation:
     phantom_steps: int
 
 
-def flatten(state: State) -> torch.Tensor:
-    """The tensors of a state side by side, (batch, elements), in float32 or float64."""
-    flat = torch.cat([rows(part) for part in state], dim=1)
+def flatten(state: State, row_dims: int = 1) -> torch.Tensor:
+    """The tensors of a state side by side, (rows, elements), in float32 or float64; a row is an entry of the first `row_dims` dimensions."""
+    flat = torch.cat([rows(part, row_dims) for part in state], dim=-1).flatten(0, row_dims - 1)
     return flat if flat.dtype == torch.float64 else flat.float()
 
 
-def unflatten(flat: torch.Tensor, evaluator: Evaluator) -> State:
+def unflatten(flat: torch.Tensor, evaluator: Evaluator, row_dims: int = 1) -> State:
     """The inverse of `flatten`."""
-    parts = flat.split([shape[1:].numel() for shape in evaluator.shapes], dim=1)
+    parts = flat.split([shape[row_dims:].numel() for shape in evaluator.shapes], dim=1)
     return tuple(part.reshape(shape).to(evaluator.dtype) for part, shape in zip(parts, evaluator.shapes, strict=True))
 
 
@@ -58,9 +58,10 @@ def solve_float(
     tol: float | None,
     settings: Approximation,
     recompute_before: int | None,
+    row_dims: int = 1,
     record: bool = False,
 ) -> tuple[State, FloatSolve]:
-    """Runs a solver that is not reversible. With `recompute_before` autograd follows it (see `stored_evaluation`), with None it does not."""
+    """Runs a solver that is not reversible, on every row by itself. With `recompute_before` autograd follows it (see `stored_evaluation`), with None not."""
     numbers = iter(range(2 * max_steps))
     with torch.set_grad_enabled(recompute_before is not None):
         evaluate = stored_evaluation(evaluator, recompute_before or 0)
@@ -68,8 +69,8 @@ def solve_float(
             z0 = tuple(torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) for shape in evaluator.shapes)
         solution = find_fixed_point(
             settings.solver,
-            lambda z: flatten(evaluate(unflatten(z, evaluator), next(numbers))),
-            flatten(z0),
+            lambda z: flatten(evaluate(unflatten(z, evaluator, row_dims), next(numbers)), row_dims),
+            flatten(z0, row_dims),
             max_steps=max_steps,
             tol=tol,
             beta=settings.beta,
@@ -77,8 +78,12 @@ def solve_float(
             floor=RESIDUAL_FLOOR,
             record=record,
         )
+        leading = evaluator.shapes[0][:row_dims]
+        for name in ("steps", "residual", "nonfinite"):
+            setattr(solution, name, getattr(solution, name).view(leading))
+        solution.step_residuals = [residual.view(leading) for residual in solution.step_residuals]
         bad = solution.nonfinite > 0
-        z = tuple(part.masked_fill(per_row(bad, part), torch.nan) for part in unflatten(solution.z, evaluator))
+        z = tuple(part.masked_fill(per_row(bad, part), torch.nan) for part in unflatten(solution.z, evaluator, row_dims))
     return z, solution
 
 

@@ -93,6 +93,10 @@ torch.utils._pytree.register_pytree_node(
 )
 
 
+# keyword arguments of a layer's call that are not the block's
+SOLVER_ARGUMENTS = ("z0", "max_steps", "gradient", "output_trajectory", "num_restarts", "measure_mask")
+
+
 class DriftError(RuntimeError):
     """A backward pass did not arrive at the start state, and `drift_policy` is "raise"."""
 
@@ -107,6 +111,8 @@ class _Glances:
         self._waiting: list[tuple[torch.Tensor, torch.Event, Callable[[float], None]]] = []
 
     def at(self, number: torch.Tensor, act: Callable[[float], None], wait: bool = False) -> None:
+        if number.device.type == "meta":  # no number
+            return
         if wait or number.device.type == "cpu":
             act(float(number))
             return
@@ -115,6 +121,10 @@ class _Glances:
         event = torch.Event(number.device)
         event.record()
         self._waiting = [*self._waiting[-8:], (copied, event, act)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a layer begin without what waits, whose events belong to this process."""
+        return {"_waiting": []}
 
     def catch_up(self) -> None:
         arrived = [item for item in self._waiting if item[1].query()]
@@ -136,28 +146,28 @@ class Certificate:
         self.drift = torch.zeros((), dtype=torch.float32)
         self.reversed = False
         self.adjoint_residual: torch.Tensor | None = None
-        self._inputs_known = False
         self._glances = _Glances()
         self._new_account = True
         self._warned: set[str] = set()
 
     def refuse_hidden_inputs(self, evaluation: Evaluation, parameters: Sequence[torch.Tensor]) -> None:
-        """Raises RuntimeError if the block uses tensors that a recomputing backward pass cannot give gradients to. Looks once in a layer's life."""
-        if self._inputs_known:
-            return
+        """Raises RuntimeError if the block uses tensors that a recomputing backward pass cannot give gradients to."""
         foreign = foreign_leaf(evaluation, parameters)
         if foreign is not None:
             raise RuntimeError(
                 f"the block uses a tensor of shape {tuple(foreign.shape)} that requires grad and is neither one of its parameters nor one of "
                 "its arguments, so this backward pass cannot give it a gradient; "
-                "pass it to the layer as a context argument, register it as a parameter of the block, or use gradient='backprop'"
+                "pass it to the layer as a context argument (a tensor, or in tuples, lists and dicts), register it as a parameter of the block, or use "
+                "gradient='backprop'. nn.DataParallel and FSDP inside the solve hide parameters so: use torchrun with DDP, or shard the layer as a whole"
             )
-        self._inputs_known = True
 
     def open(self) -> None:
-        """Called in each forward pass with gradients."""
-        self._glances.catch_up()
+        """Called in each forward pass that will be reversed."""
         self._new_account = True
+
+    def catch_up(self) -> None:
+        """Called in each forward pass: acts on what has become known since."""
+        self._glances.catch_up()
 
     def record(self, drift: torch.Tensor) -> None:
         """Called at the end of each backward pass with its drift, 0-d float32.
@@ -191,8 +201,9 @@ class Certificate:
             f"the reversible backward pass did not reconstruct its start state: drift {drift:.3g}, expected 0. The gradients of this pass "
             "are wrong, because the block did not give the same result twice for the same input. Likely causes: a nondeterministic kernel "
             "(see torch.use_deterministic_algorithms), random numbers from outside torch's default generators, a module that changes its own "
-            "buffers (spectral norm, running statistics), parameters changed between the passes, or a block compiled "
-            "differently with and without gradients. gradient='checkpoint' tolerates small differences"
+            "buffers (spectral norm, running statistics), parameters changed between the passes, a block compiled differently with and without "
+            "gradients, or kernels chosen for one of the passes only (torch.nn.attention.sdpa_kernel, deterministic algorithms). "
+            "gradient='checkpoint' tolerates small differences"
         )
         if self.policy == "raise":
             raise DriftError(message)
@@ -229,7 +240,7 @@ class ReversibleFixedPoint(nn.Module):
             at most `tol`; its state is frozen there. Costs one host synchronisation a step and one evaluation to notice the end. Without gradients,
             where the block is given x alone and rows are examples, finished examples leave the batch and cost nothing any more.
         row_dims: leading dimensions of the state whose entries are measured and stopped by themselves: 1, examples; 2, for states of shape
-            (batch, positions, ...), also positions. The solvers "picard", "relaxed", "anderson" and "broyden" know examples only.
+            (batch, positions, ...), also positions, for blocks that are causal.
         damping: d in [0, 1); the iteration is that of `d z + (1 - d) f(z, x)`, which has the fixed points of f: where f turns states over (eigenvalues
             near or beyond -1), and against pairs `y = f(z), z = f(y)`, in which the iteration can come to rest as well. Steps go less far. May be
             changed after training, as beta may. Solver "reversible" only, the others relax by beta.
@@ -376,6 +387,7 @@ class ReversibleFixedPoint(nn.Module):
         gradient: str | None = None,
         output_trajectory: bool = False,
         num_restarts: int | None = None,
+        measure_mask: torch.Tensor | None = None,
         **block_kwargs,
     ) -> FixedPointSolution:
         """Solves for the fixed point.
@@ -387,6 +399,8 @@ class ReversibleFixedPoint(nn.Module):
                 and counted.
             max_steps, gradient, num_restarts: instead of the layer's. With `z0` there is nothing to restart from, and one solve is run.
             output_trajectory: also return the state after every step and the residual at the start of every step; costs a state tensor a step.
+            measure_mask: (batch, positions) bool, with `row_dims=1` and solver "reversible": which entries of the state's second dimension count in the
+                residual, hence in `tol` and in the choice of restarts. For padding, which must not hold an example back. None: all do.
             block_kwargs: keyword arguments of the block; tensors in them get gradients.
 
         Returns:
@@ -399,7 +413,7 @@ class ReversibleFixedPoint(nn.Module):
         if num_restarts is not None:
             check_path_settings(self.damping, self.initial_scale, self.path_noise, num_restarts, self.solver)
         restarts = self.num_restarts if num_restarts is None else num_restarts
-        settings = (x, context, max_steps, gradient, output_trajectory, block_kwargs)
+        settings = (x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs)
         solve = self._solve_apart if torch.compiler.is_compiling() and not self._traceable(max_steps) else self._solve
         if z0 is not None or not self.initial_scale:
             return solve(z0, *settings)
@@ -421,10 +435,10 @@ class ReversibleFixedPoint(nn.Module):
             if number is None:
                 return self.initial_scale * torch.randn_like(part)
             # on the CPU, which every device has: the same everywhere
-            values = torch.randn(part.shape[1:], generator=generator, dtype=torch.float32)
+            values = torch.randn(part.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
             return (self.initial_scale * values).to(part.device, part.dtype).expand_as(part)
 
-        generator = torch.Generator().manual_seed(number or 0)
+        generator = torch.Generator("cpu").manual_seed(number or 0)
         with torch.no_grad():
             return tuple(map(draw, x)) if isinstance(x, tuple) else draw(x)
 
@@ -438,9 +452,9 @@ class ReversibleFixedPoint(nn.Module):
         return self.solver == "reversible" and self.tol is None and not self.initial_scale and 2 * steps <= WRITTEN_OUT
 
     @torch.compiler.disable
-    def _solve_apart(self, z0, x, context, max_steps, gradient, output_trajectory, block_kwargs) -> FixedPointSolution:
+    def _solve_apart(self, z0, x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs) -> FixedPointSolution:
         """Eager in a compiled caller; the block is compiled by itself, and the same program serves both passes."""
-        settings = (z0, x, context, max_steps, gradient, output_trajectory, block_kwargs)
+        settings = (z0, x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs)
         if any(hasattr(value, "next_evaluation") for value in block_kwargs.values()):
             return self._solve(*settings)  # a cache with slots for each evaluation, which would be a program of its own each
         if self._compiled_block is None:
@@ -448,7 +462,7 @@ class ReversibleFixedPoint(nn.Module):
         return self._solve(*settings, block=self._compiled_block[0])
 
     def _solve(
-        self, z0, x, context, max_steps, gradient, output_trajectory, block_kwargs, block: nn.Module | None = None
+        self, z0, x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs, block: nn.Module | None = None
     ) -> FixedPointSolution:
         block = self.block if block is None else block
         refuse_function_transforms()
@@ -457,6 +471,8 @@ class ReversibleFixedPoint(nn.Module):
         state = _check_state(x if z0 is None else z0, "x" if z0 is None else "z0", self.row_dims)
         if z0 is not None and isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != state[0].shape[0]:
             raise ValueError(f"x and z0 must agree in their first dimension (the batch), got {x.shape[0]} and {state[0].shape[0]}")
+        if measure_mask is not None:
+            _check_measure_mask(measure_mask, state, self.row_dims, self.solver)
         refuse_training_batchnorm(self.block)
         refuse_cached_parametrizations(self.block)
         if max_steps is not None:
@@ -469,27 +485,41 @@ class ReversibleFixedPoint(nn.Module):
         is_tuple = isinstance(x if z0 is None else z0, tuple)
         evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, self.damping)
         start = None if z0 is None else state
+        # what stored backpropagation follows need not be among the arguments: keys in a cache, for example
         wants_gradient = torch.is_grad_enabled() and (
-            any(t.requires_grad for t in (*(start or ()), *evaluator.tensors)) or bool(trainable_parameters(self.block))
+            mode == "backprop"
+            or any(t.requires_grad for t in (*(start or ()), *evaluator.tensors))
+            or bool(trainable_parameters(self.block))
         )
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _undone_on_failure(evaluator, state):
-            z, states, residuals = self._run(evaluator, start, steps, mode, wants_gradient, output_trajectory)
-        solution = FixedPointSolution(**vars(self.statistics), z=z if is_tuple else z[0])
+            statistics, z, states, residuals = self._run(evaluator, start, steps, mode, wants_gradient, output_trajectory, measure_mask)
+        self.statistics = statistics
+        solution = FixedPointSolution(**vars(statistics), z=z if is_tuple else z[0])
         if output_trajectory:
             solution.trajectory = [state if is_tuple else state[0] for state in states]
             solution.step_residuals = torch.stack(residuals)
         return solution
 
     def _run(
-        self, evaluator: Evaluator, start: State | None, steps: int, mode: str, wants_gradient: bool, record: bool
-    ) -> "tuple[State, Sequence[State], list[torch.Tensor]]":
-        """The solve in its gradient mode: the state, and where they shall be recorded the states after and the residuals at the start of each step."""
+        self,
+        evaluator: Evaluator,
+        start: State | None,
+        steps: int,
+        mode: str,
+        wants_gradient: bool,
+        record: bool,
+        measure_mask: torch.Tensor | None = None,
+    ) -> "tuple[SolveStatistics, State, Sequence[State], list[torch.Tensor]]":
+        """The solve in its gradient mode: its figures, the state, and where they shall be recorded the states after and the residuals at the start of each
+        step."""
+        if not torch.compiler.is_compiling():
+            self._certificate.catch_up()
         recompute_before = 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0
         follow = wants_gradient and mode in EXACT_MODES
         if self.solver == "reversible":
             noise = self.path_noise if self._learns else 0.0
             seed = int(torch.randint(2**62, ())) if noise else 0
-            solve = Solve(evaluator, self.beta, steps, self.tol, self.row_dims, record, noise, seed)
+            solve = Solve(evaluator, self.beta, steps, self.tol, self.row_dims, record, noise, seed, measure_mask)
             if not follow:
                 z = solve_plain(solve, start)
             elif mode == "reversible":
@@ -500,15 +530,16 @@ class ReversibleFixedPoint(nn.Module):
             taken = solve.steps
             if taken is None:
                 taken = torch.full(solve.rows, steps, dtype=torch.int64, device=evaluator.device)
-            self.statistics = SolveStatistics(taken, solve.residual, solve.evaluations, evaluator.shapes, solve.clamped, solve.nonfinite)
+            statistics = SolveStatistics(taken, solve.residual, solve.evaluations, evaluator.shapes, solve.clamped, solve.nonfinite)
             states, residuals = solve.trajectory, solve.step_residuals
             if not torch.compiler.is_compiling():
                 self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
-            z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recompute_before if follow else None, record)
-            states, residuals = [unflatten(state, evaluator) for state in found.trajectory], found.step_residuals
+            recomputed = recompute_before if follow else None
+            z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recomputed, self.row_dims, record)
+            states, residuals = [unflatten(state, evaluator, self.row_dims) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
-            self.statistics = SolveStatistics(found.steps, found.residual, found.evaluations, evaluator.shapes, clamped, found.nonfinite)
+            statistics = SolveStatistics(found.steps, found.residual, found.evaluations, evaluator.shapes, clamped, found.nonfinite)
         if wants_gradient and evaluator.autocast:
             torch.clear_autocast_cache()  # weights cast without a graph must not be found by who needs one (torch 2.13 sees to it itself)
         if mode not in EXACT_MODES:
@@ -517,7 +548,7 @@ class ReversibleFixedPoint(nn.Module):
             z = attach_implicit(evaluator, z, self._approximation, self._certificate)
         elif wants_gradient and mode == "phantom":
             z = attach_phantom(evaluator, z, self._approximation)
-        return z, states, residuals
+        return statistics, z, states, residuals
 
 
 def fixed_point_layers(model: nn.Module) -> list[tuple[str, ReversibleFixedPoint]]:
@@ -642,6 +673,14 @@ def _undone_on_failure(evaluator: Evaluator, state: State) -> Iterator[None]:
             f"{error}\nthe fixed point of {count} examples, each with a state of {each:,} bytes, did not fit into memory; take a smaller batch, to which "
             "what a solve needs is proportional, smaller examples, or torch.no_grad() where no gradient is needed"
         ) from error
+
+
+def _check_measure_mask(mask: torch.Tensor, state: State, row_dims: int, solver: str) -> None:
+    expected = tuple(state[0].shape[:2])
+    if row_dims != 1 or solver != "reversible":
+        raise ValueError(f"measure_mask needs row_dims=1 and solver='reversible', got {row_dims} and {solver!r}")
+    if mask.dtype != torch.bool or tuple(mask.shape) != expected or any(tuple(part.shape[:2]) != expected for part in state):
+        raise ValueError(f"measure_mask must be (batch, positions) = {expected} of torch.bool, got {tuple(mask.shape)} of {mask.dtype}")
 
 
 def _check_state(state, name: str, row_dims: int) -> tuple[torch.Tensor, ...]:

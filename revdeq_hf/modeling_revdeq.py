@@ -22,7 +22,14 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForQuestionAnswering, GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    ModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -37,7 +44,7 @@ from .configuration_revdeq import RevDEQConfig
 from .generation_revdeq import RevDEQGenerationMixin, with_steps
 from .hub_revdeq import BundledModel
 from .layer_revdeq import ReversibleFixedPoint
-from .loss_revdeq import linear_cross_entropy
+from .loss_revdeq import linear_cross_entropy, share_of_batch
 from .steps_revdeq import check_steps
 
 logger = logging.get_logger(__name__)
@@ -73,6 +80,30 @@ class RevDEQCausalLMOutput(CausalLMOutputWithPast):
     solver_residual: torch.Tensor | None = None
 
 
+@dataclass
+class RevDEQSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """`SequenceClassifierOutputWithPast` and the figures of the solve, see `RevDEQCausalLMOutput`."""
+
+    solver_steps: torch.Tensor | None = None
+    solver_residual: torch.Tensor | None = None
+
+
+@dataclass
+class RevDEQTokenClassifierOutput(TokenClassifierOutput):
+    """`TokenClassifierOutput` and the figures of the solve, see `RevDEQCausalLMOutput`."""
+
+    solver_steps: torch.Tensor | None = None
+    solver_residual: torch.Tensor | None = None
+
+
+@dataclass
+class RevDEQQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """`QuestionAnsweringModelOutput` and the figures of the solve, see `RevDEQCausalLMOutput`."""
+
+    solver_steps: torch.Tensor | None = None
+    solver_residual: torch.Tensor | None = None
+
+
 class RevDEQRotaryEmbedding(nn.Module):
     """Cosines and sines of rotary positions, computed in float32."""
 
@@ -99,6 +130,16 @@ class RevDEQRotaryEmbedding(nn.Module):
         assert config.rope_parameters is not None
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    def _apply(self, fn, recurse=True):
+        """`model.bfloat16()` and the like leave the frequencies in float32: rounded, they would turn late positions by other angles."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -176,7 +217,11 @@ def _checkpoint_layer(checkpoint_function: Callable | None, forward: partial, *a
 _recompute = partial(checkpoint, use_reentrant=False)
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    The language model without a head: token embeddings, the fixed point of a transformer block, and a last norm.
+    """
+)
 class RevDEQModel(RevDEQPreTrainedModel):
     def __init__(self, config: RevDEQConfig) -> None:
         super().__init__(config)
@@ -202,9 +247,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             solver=config.solver,
             keep_evaluations=config.keep_evaluations,
             drift_policy=config.drift_policy,
-            row_dims=2
-            if config.solver == "reversible" and config.is_causal
-            else 1,  # a token that sees all others has not settled before they have
+            row_dims=2 if config.is_causal else 1,  # a token that sees all others has not settled before they have
             steps_sampling=config.steps_sampling,
             damping=config.damping,
             initial_scale=config.initial_scale,
@@ -238,7 +281,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
         output_hidden_states (`bool`, *optional*):
             Whether to return `hidden_states`, the tape of the loop: the input of the first layer, then the output of every layer in the order in which
             they ran (prelude, the block's layers once per evaluation, coda), the last one after the final norm; `config.num_hidden_layers` + 1 in all
-            where no `max_steps` is given. `attentions` are those of the same layers. With gradients, the solve keeps all its graphs then.
+            where no `max_steps` is given (fewer where `tol` ended the solve before). `attentions` are those of the same layers. With gradients, the solve
+            keeps all its graphs then; but for gradient="implicit" and "phantom", whose hidden states have no gradient (and phantom's, of its damped steps,
+            are among them).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -259,6 +304,10 @@ class RevDEQModel(RevDEQPreTrainedModel):
                 raise ValueError(
                     "output_trajectory=True runs the layers after the fixed point once per step and needs past_key_values=None"
                 )
+        measure_mask = None
+        stops_as_a_whole = self.solve.row_dims == 1 and self.solve.solver == "reversible"
+        if stops_as_a_whole and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+            measure_mask = attention_mask.bool()  # padding must not hold an example back
         given = past_key_values
         past_key_values = self._usable_cache(past_key_values, use_cache, steps)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -291,6 +340,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             max_steps=None if drawn else steps,
             gradient=self._gradient_mode(past_key_values, kwargs),
             output_trajectory=output_trajectory,
+            measure_mask=measure_mask,
             **attention,
         )
         after = None
@@ -348,13 +398,18 @@ class RevDEQModel(RevDEQPreTrainedModel):
         # training would fill the cache with every evaluation's graph
         if cache is None and use_cache and not torch.is_grad_enabled():
             cache = DynamicCache(config=with_steps(config, steps))
+        elif cache is None and use_cache and not self.training:
+            logger.warning_once(
+                "past_key_values will be None: with gradients enabled no cache is made, since it would keep every evaluation's graph. Decode inside "
+                "torch.no_grad(), or pass past_key_values=DynamicCache() where gradients are wanted through the cache, or use_cache=False"
+            )
         if cache is not None:
             check_slots(cache, with_steps(config, steps).num_hidden_layers, steps, config.kv_cache)
         return cache
 
     def _gradient_mode(self, cache: Cache | None, kwargs: dict) -> str:
         """The configured mode, but the stored path where evaluations leave something behind that a recomputation would not."""
-        configured = self.config.gradient
+        configured = self.solve.gradient
         if not torch.is_grad_enabled():
             return configured
         if configured in ("implicit", "phantom"):
@@ -364,9 +419,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
         recording = any(kwargs.get(name) or getattr(self.config, name, False) for name in ("output_hidden_states", "output_attentions"))
         if cache is not None or recording:
             return "backprop"
-        if self.gradient_checkpointing and self.training and self.config.gradient == "backprop":
+        if self.gradient_checkpointing and self.training and configured == "backprop":
             return "checkpoint"
-        return self.config.gradient
+        return configured
 
 
 class RevDEQHead(nn.Linear):
@@ -378,7 +433,11 @@ class RevDEQHead(nn.Linear):
         return linear_cross_entropy(input, self.weight, labels, **kwargs)
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    The causal language model whose layers are one block, iterated towards its fixed point.
+    """
+)
 class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -488,16 +547,53 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
 
 
 # The generic heads make their body with AutoModel.from_config, which a copy of this file on the Hub cannot use in a fresh process, so
-# only their `forward` is inherited. Further keyword arguments, such as `max_steps`, go to the body.
+# only their `forward` is inherited. Further keyword arguments, such as `output_hidden_states`, go to the body.
 
 
-class RevDEQForSequenceClassification(GenericForSequenceClassification, RevDEQPreTrainedModel):
+class _LabelledHead:
+    """What the heads with a label, or one for each token, add to transformers' generic `forward`."""
+
+    output_class: type[ModelOutput]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        max_steps: int | None = None,
+        output_solver_stats: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ModelOutput:
+        inputs = dict(
+            attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds
+        )
+        outputs = super().forward(input_ids, **inputs, labels=labels, use_cache=use_cache, max_steps=max_steps, **kwargs)  # type: ignore[misc]
+        if labels is not None:
+            outputs.loss = share_of_batch(outputs.loss, labels, num_items_in_batch)
+        return self.output_class(**outputs, **_solver_figures(self, output_solver_stats))
+
+
+def _solver_figures(head, wanted: bool) -> dict[str, torch.Tensor]:
+    """Of the solve that has just been run."""
+    statistics = head.model.solve.statistics
+    return {"solver_steps": statistics.steps, "solver_residual": statistics.residual} if wanted else {}
+
+
+class RevDEQForSequenceClassification(_LabelledHead, GenericForSequenceClassification, RevDEQPreTrainedModel):
     """A linear layer on the last token that is not padding: `config.num_labels` classes, or a regression where that is 1.
 
-    `config.pad_token_id` must be set for batches of more than one. `forward` takes what `RevDEQModel.forward` takes (also `max_steps`), and
-    `labels` (batch,): whole numbers from 0 to num_labels - 1, or floats for a regression, or (batch, num_labels) for several labels at once. Returns
-    `SequenceClassifierOutputWithPast` with `loss` and `logits` (batch, num_labels).
+    `config.pad_token_id` must be set for batches of more than one. `forward` takes what `RevDEQForCausalLM.forward` takes (also `max_steps` and
+    `output_solver_stats`), and `labels` (batch,): whole numbers from 0 to num_labels - 1, or floats for a regression, or (batch, num_labels) for several
+    labels at once. Returns `RevDEQSequenceClassifierOutput` with `loss` and `logits` (batch, num_labels).
     """
+
+    output_class = RevDEQSequenceClassifierOutput
 
     def __init__(self, config: RevDEQConfig) -> None:
         RevDEQPreTrainedModel.__init__(self, config)
@@ -507,12 +603,14 @@ class RevDEQForSequenceClassification(GenericForSequenceClassification, RevDEQPr
         self.post_init()
 
 
-class RevDEQForTokenClassification(GenericForTokenClassification, RevDEQPreTrainedModel):
+class RevDEQForTokenClassification(_LabelledHead, GenericForTokenClassification, RevDEQPreTrainedModel):
     """A linear layer on every token; set `config.is_causal=False` for a model that sees what follows a token, too.
 
-    `forward` takes what `RevDEQModel.forward` takes (also `max_steps`), and `labels` (batch, seq), -100 where a token has none. Returns
-    `TokenClassifierOutput` with `loss` and `logits` (batch, seq, num_labels).
+    `forward` takes what `RevDEQForCausalLM.forward` takes (also `max_steps` and `output_solver_stats`), and `labels` (batch, seq), -100 where a token has
+    none. Returns `RevDEQTokenClassifierOutput` with `loss` and `logits` (batch, seq, num_labels).
     """
+
+    output_class = RevDEQTokenClassifierOutput
 
     def __init__(self, config: RevDEQConfig) -> None:
         RevDEQPreTrainedModel.__init__(self, config)
@@ -526,8 +624,8 @@ class RevDEQForTokenClassification(GenericForTokenClassification, RevDEQPreTrain
 class RevDEQForQuestionAnswering(GenericForQuestionAnswering, RevDEQPreTrainedModel):
     """Start and end of the answer in the text, by a linear layer on every token; `config.is_causal=False` lets the start know the end.
 
-    `forward` takes what `RevDEQModel.forward` takes (also `max_steps`), `start_positions` and `end_positions` (batch,). Returns
-    `QuestionAnsweringModelOutput` with `loss`, `start_logits` and `end_logits` (batch, seq).
+    `forward` takes what `RevDEQForCausalLM.forward` takes (also `max_steps` and `output_solver_stats`), `start_positions` and `end_positions` (batch,).
+    Returns `RevDEQQuestionAnsweringOutput` with `loss`, `start_logits` and `end_logits` (batch, seq).
     """
 
     def __init__(self, config: RevDEQConfig) -> None:
@@ -535,6 +633,27 @@ class RevDEQForQuestionAnswering(GenericForQuestionAnswering, RevDEQPreTrainedMo
         self.model = RevDEQModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        max_steps: int | None = None,
+        output_solver_stats: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RevDEQQuestionAnsweringOutput:
+        inputs = dict(
+            attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds
+        )
+        answers = dict(start_positions=start_positions, end_positions=end_positions)
+        outputs = super().forward(input_ids, **inputs, **answers, max_steps=max_steps, **kwargs)
+        return RevDEQQuestionAnsweringOutput(**outputs, **_solver_figures(self, output_solver_stats))
 
 
 def _check_shapes(shape: torch.Size, attention_mask, position_ids: torch.Tensor | None, cache: Cache | None) -> None:

@@ -18,13 +18,16 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 
 from .block_revdeq import RevDEQConvBlock, RevDEQConvNextBlock, RevDEQRecallBlock
 from .configuration_revdeq import RevDEQVisionConfig
 from .hub_revdeq import BundledModel
 from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint
+from .loss_revdeq import share_of_batch
 from .steps_revdeq import check_steps
+
+logger = logging.get_logger(__name__)
 
 IGNORED_LABEL = -100  # of cross-entropy: such an image counts for nothing
 
@@ -122,6 +125,16 @@ class RevDEQVisionPreTrainedModel(BundledModel, PreTrainedModel):
     input_modalities = ("image",)
     _no_split_modules = ["ReversibleFixedPoint"]
     _input_embed_layer = "stem"  # FSDP asks for it
+    supports_gradient_checkpointing = True
+
+    def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
+        """Activation checkpointing: gradient="backprop" becomes "checkpoint" in training; in the other modes the memory of the solves is constant already."""
+        super()._set_gradient_checkpointing(*args, **kwargs)
+        if self.config.gradient != "backprop":
+            logger.warning_once(
+                f"activation checkpointing changes nothing: with gradient={self.config.gradient!r} the memory of a solve does not grow with the number of "
+                "steps already"
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -141,6 +154,7 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
     def __init__(self, config: RevDEQVisionConfig) -> None:
         super().__init__(config)
         config.validate()
+        self.gradient_checkpointing = False
         sizes = config.hidden_sizes
         stride = config.stem_stride
         sides = config.kernel_sides if config.stem == "plain" else (3, 3)
@@ -210,7 +224,8 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
                 hidden_states = self.downsamples[index - 1](hidden_states).to(dtype)
             drawn = max_steps is None and stage.draws_steps
             asked = dict(max_steps=None if drawn else steps[index], output_trajectory=output_trajectory, num_restarts=num_restarts)
-            solution = stage(hidden_states, **asked)
+            checkpointed = self.gradient_checkpointing and self.training and stage.gradient == "backprop"
+            solution = stage(hidden_states, gradient="checkpoint" if checkpointed else None, **asked)
             # a device map may part x and z
             hidden_states = hidden_states.to(solution.z.device) + solution.z if self.config.residual_stages else solution.z
             maps.append(hidden_states)
@@ -272,7 +287,11 @@ def _figures(solutions: list[FixedPointSolution], device: torch.device) -> dict[
     }
 
 
-@auto_docstring
+@auto_docstring(
+    custom_intro="""
+    The image model without a head: a stem, stages of one fixed point each, and pooled features.
+    """
+)
 class RevDEQVisionModel(RevDEQVisionNetwork):
     def __init__(self, config: RevDEQVisionConfig) -> None:
         super().__init__(config)
@@ -338,6 +357,7 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_solver_stats: bool = False,
         output_trajectory: bool = False,
+        num_restarts: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQImageClassifierOutput:
         r"""
@@ -353,6 +373,8 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
             Whether to return `solver_steps` and `solver_residual`, each of shape (batch, stages).
         output_trajectory (`bool`, *optional*, defaults to `False`):
             Whether to return `trajectory` and `step_residuals`, at the price of a state for every step of every stage, see `RevDEQVisionModel.forward`.
+        num_restarts (`int`, *optional*):
+            Start states of each stage's solve, of which each image takes the solution of the smallest residual, instead of `config.num_restarts`.
 
         Example:
 
@@ -373,12 +395,14 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
             max_steps=max_steps,
             output_hidden_states=output_hidden_states,
             output_trajectory=output_trajectory,
+            num_restarts=num_restarts,
             return_dict=True,
         )
         logits = self.classifier(outputs.pooler_output.flatten(1))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            num_items = kwargs.pop("num_items_in_batch", None)
+            loss = share_of_batch(self.loss_function(labels, logits, self.config, **kwargs), labels, num_items, IGNORED_LABEL)
         return RevDEQImageClassifierOutput(
             loss=loss,
             logits=logits,
@@ -527,6 +551,7 @@ class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
         pixel_values: torch.FloatTensor | None = None,
         max_steps: "int | list[int] | None" = None,
         output_hidden_states: bool | None = None,
+        num_restarts: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQBackboneOutput:
         r"""
@@ -534,6 +559,8 @@ class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
             Steps of the solves, for all stages or one per stage, instead of `config.max_steps`.
         output_hidden_states (`bool`, *optional*):
             Whether to return `hidden_states`, the maps of the stem and of each stage, whatever `config.out_features` names.
+        num_restarts (`int`, *optional*):
+            Start states of each stage's solve, of which each image takes the solution of the smallest residual, instead of `config.num_restarts`.
 
         Example:
 
@@ -548,7 +575,7 @@ class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
         [(1, 16, 32, 32), (1, 32, 16, 16)]
 
         ```"""
-        maps, solutions = self.compute_maps(pixel_values, max_steps)
+        maps, solutions = self.compute_maps(pixel_values, max_steps, num_restarts=num_restarts)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return RevDEQBackboneOutput(

@@ -186,3 +186,26 @@ def test_the_per_call_gradient_must_suit_the_solver():
     layer = ReversibleFixedPoint(Linear(), solver="anderson", gradient="implicit")
     with pytest.raises(ValueError, match="cannot go with"):
         layer(torch.randn(2, 12, dtype=torch.float64), gradient="backprop")
+
+
+@pytest.mark.parametrize("solver", ["picard", "relaxed", "anderson", "broyden"])
+@pytest.mark.parametrize("tol", [None, 1e-2])
+def test_positions_that_are_rows_do_not_see_those_after_them(solver, tol):
+    """Not through the weights of Anderson's or Broyden's method either, which every row has for itself, nor through a shared stop."""
+    block, x = make_block("attention")
+    for parameter in block.parameters():
+        parameter.data.mul_(0.8)
+    layer = ReversibleFixedPoint(block, max_steps=6, tol=tol, row_dims=2, solver=solver, gradient="implicit")
+    with torch.no_grad():
+        whole = layer(x, output_trajectory=True)
+        assert whole.steps.shape == whole.residual.shape == whole.nonfinite.shape == whole.step_residuals.shape[1:] == (3, 7)
+        for end in (1, 4):
+            part = layer(x[:, :end])
+            torch.testing.assert_close(part.z, whole.z[:, :end], rtol=1e-4, atol=1e-5)
+            assert torch.equal(part.steps, whole.steps[:, :end])
+    reference = ReversibleFixedPoint(block, max_steps=100)(x)
+    found = ReversibleFixedPoint(block, max_steps=60, tol=1e-5, row_dims=2, solver=solver, gradient="implicit")(x)
+    torch.testing.assert_close(found.z, reference.z, rtol=1e-3, atol=1e-4)
+    expected = torch.autograd.grad(reference.z.square().sum(), [x, *block.parameters()])
+    got = torch.autograd.grad(found.z.square().sum(), [x, *block.parameters()])
+    assert all(relative_error(a, b) < 1e-2 for a, b in zip(got, expected, strict=True))

@@ -132,12 +132,13 @@ def test_folder_holds_the_package_s_code_and_only_what_is_needed(bundles):
         "implicit",
         "layer",
         "license",
+        "loss",
         "solver",
         "steps",
     }
     for name in CLASSES:
         vision = is_vision(name)
-        own = {"modeling_revdeq_vision.py"} if vision else {f"{stem}_revdeq.py" for stem in ("cache", "generation", "loss", "modeling")}
+        own = {"modeling_revdeq_vision.py"} if vision else {f"{stem}_revdeq.py" for stem in ("cache", "generation", "modeling")}
         assert code_files(bundles / name) == own | {f"{stem}_revdeq.py" for stem in shared}
         for file in code_files(bundles / name):
             assert (bundles / name / file).read_bytes() == (ROOT / "revdeq_hf" / file).read_bytes()
@@ -236,6 +237,52 @@ def test_the_installed_code_is_used_and_another_version_is_told(bundles, tmp_pat
         assert len(told) == (version == "0.0.1")
         assert all("0.0.1" in text and hub_revdeq.__version__ in text for text in told)
         assert loaded.to_dict()["revdeq_version"] == hub_revdeq.__version__  # of the code that runs it now
+
+
+@pytest.mark.parametrize(
+    ("settings", "meant"),
+    [
+        (
+            dict(betta=0.3, num_steps=9, sovler="anderson", max_iter=5, num_layers=2),
+            ["beta", "max_steps", "solver", "max_steps", "num_block_layers"],
+        ),
+        (dict(hidden_size=3, num_layer=5, tie_last_hidden_states=True), ["hidden_sizes"]),
+    ],
+    ids=["language", "images"],
+)
+def test_a_misspelt_setting_is_told(settings, meant, tmp_path):
+    kind = revdeq_hf.RevDEQVisionConfig if "hidden_sizes" in meant else revdeq_hf.RevDEQConfig
+    with pytest.warns(UserWarning, match="did you mean") as told:
+        config = kind(**settings)
+    assert [str(warning.message) for warning in told] == [
+        f"{kind.__name__} has no setting {name!r}; did you mean {guess!r}? It is kept as an attribute and changes nothing"
+        for name, guess in zip(settings, meant, strict=False)
+    ]
+    assert all(getattr(config, name) == value for name, value in settings.items())
+    config.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kind.from_pretrained(tmp_path).to_dict() == config.to_dict()  # has been told
+
+
+@pytest.mark.parametrize("name", ["RevDEQForSequenceClassification", "RevDEQVisionBackbone"])
+def test_nothing_that_a_config_holds_is_taken_for_misspelt(name, tmp_path):
+    cls = getattr(revdeq_hf, name)
+    given = dict(
+        id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}, dtype="bfloat16", forced_eos_token_id=3, my_note="kept"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = cls(cls.config_class(**{**(LANGUAGE if "Vision" not in name else IMAGES), "num_labels": 3}, **given))
+        model.config.quantization_config = None
+        model.save_pretrained(tmp_path)
+        assert cls.from_pretrained(tmp_path).config.my_note == "kept"
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert {"auto_map", "architectures", "transformers_version", "dtype", "id2label", "revdeq_version"} <= set(saved)
+        for more in ({}, dict(num_labels=2, output_attentions=True, return_dict=False)):
+            cls.config_class.from_pretrained(tmp_path, **more)
+        del saved["revdeq_version"]  # as one of before it was written
+        cls.config_class.from_dict(saved)
 
 
 def test_what_others_wrote_stays(tmp_path):

@@ -179,9 +179,9 @@ def test_activation_checkpointing_says_when_it_has_nothing_to_do(monkeypatch):
     turn_on(model)
     assert len(said) == 1
     assert "does not grow with the number of steps" in said[0]
-    expected = model(IDS, labels=IDS).loss
+    expected = model(IDS, labels=IDS, use_cache=False).loss
     getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
-    assert torch.equal(model(IDS, labels=IDS).loss, expected)
+    assert torch.equal(model(IDS, labels=IDS, use_cache=False).loss, expected)
     assert len(said) == 1
 
 
@@ -228,6 +228,19 @@ def test_low_precision_and_copies():
     out = model(IDS, labels=IDS)
     assert torch.equal(loss, out.loss)
     assert torch.equal(logits, out.logits)
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda model: model.bfloat16(), lambda model: model.to(torch.float16), lambda model: model.to("cpu", torch.bfloat16)]
+)
+def test_a_cast_model_keeps_its_rotary_frequencies(cast, tmp_path):
+    """Rounded to bfloat16 they would turn late positions by other angles than those of the model that is loaded in bfloat16."""
+    model, expected = cast(model_of()), model_of().model.rotary_emb.inv_freq
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(model.model.rotary_emb.inv_freq, expected)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype).eval()
+    assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
 
 
 def test_bad_shapes_are_told():

@@ -170,3 +170,32 @@ def test_the_logit_lens_shows_what_shorter_solves_say(settings, tmp_path):
         lens.plot(tmp_path / "lens.png", ["one"])
     with pytest.raises(ValueError, match="past_key_values=None"), torch.no_grad():
         model.model(ids, past_key_values=model(ids, use_cache=True).past_key_values, output_trajectory=True)
+
+
+class Turns(torch.nn.Module):
+    """Every state is thrown to the other side, -1.5 times as far, and the far ones come to rest in a pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(-1.5))
+
+    def forward(self, z, x):
+        return torch.tanh(self.weight * z + 0.1 * x)
+
+
+def test_a_pair_is_told_from_a_fixed_point():
+    """Its residual is large and its spectral radius below 1, so that nothing else would tell; with damping the fixed point is found."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    layer = ReversibleFixedPoint(Turns(), max_steps=40)
+    with pytest.warns(UserWarning, match="3 of the 3 rows .* rest in a pair"):
+        found = diagnose(layer, x)
+    assert found.pairs == 3
+    assert found.spectral_radius.max() < 1
+    assert found.residuals[-1].min() > 1
+    layer.damping = 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = diagnose(layer, x)
+    assert found.pairs == 0
+    assert found.residuals[-1].max() < 1e-3

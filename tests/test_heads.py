@@ -1,5 +1,6 @@
 """The heads: registered, saved and loaded, their arguments reach the body, and each learns a small real task from Python's own source text."""
 
+import copy
 import io
 import itertools
 import keyword
@@ -17,17 +18,23 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DynamicCache,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.models.auto import modeling_auto
 
 from revdeq_hf import (
     RevDEQConfig,
     RevDEQForCausalLM,
+    RevDEQForImageClassification,
     RevDEQForQuestionAnswering,
+    RevDEQForSemanticSegmentation,
     RevDEQForSequenceClassification,
     RevDEQForTokenClassification,
     RevDEQModel,
+    RevDEQVisionConfig,
 )
+from revdeq_hf.modeling_revdeq import RevDEQPreTrainedModel
 
 SMALL = dict(
     vocab_size=260, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3, drift_policy="raise", pad_token_id=256
@@ -81,6 +88,13 @@ def test_the_tables_of_names_know_the_heads():
         (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "RevDEQForQuestionAnswering"),
     ):
         assert table["revdeq"] == name
+    for table, name in (
+        (modeling_auto.MODEL_MAPPING_NAMES, "RevDEQVisionModel"),
+        (modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, "RevDEQForImageClassification"),
+        (modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, "RevDEQForSemanticSegmentation"),
+        (modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES, "RevDEQVisionBackbone"),
+    ):
+        assert table["revdeq_vision"] == name
 
 
 def test_a_sequence_is_read_at_its_last_token_wherever_the_padding_is():
@@ -154,6 +168,65 @@ def test_regression_and_several_labels_at_once():
     out = several(IDS, labels=wanted)
     torch.testing.assert_close(out.loss, torch.nn.functional.binary_cross_entropy_with_logits(out.logits, wanted))
     assert several.config.problem_type == "multi_label_classification"
+
+
+GENERATOR = torch.Generator().manual_seed(5)
+UNEVEN = torch.where(torch.arange(9) < torch.tensor([[9], [2], [0], [5]]), torch.randint(0, 3, (4, 9), generator=GENERATOR), -100)
+IMAGE = dict(hidden_sizes=[16], max_steps=2)  # one stage
+ACCUMULATED = {
+    "classes": (RevDEQForSequenceClassification, dict(num_labels=3), torch.tensor([0, 1, 2, 1])),
+    "a regression": (RevDEQForSequenceClassification, dict(num_labels=1), torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    "several labels": (RevDEQForSequenceClassification, dict(num_labels=3), torch.randint(0, 2, (4, 3), generator=GENERATOR).float()),
+    "tokens": (RevDEQForTokenClassification, dict(num_labels=3), UNEVEN),
+    "answers": (RevDEQForQuestionAnswering, dict(), torch.tensor([0, 1, 2, 3])),
+    "image classes": (RevDEQForImageClassification, dict(num_labels=3), torch.tensor([0, 1, -100, 1])),
+    "an image regression": (RevDEQForImageClassification, dict(num_labels=1), torch.tensor([0.5, -1.0, 2.0, 0.0])),
+    "several image labels": (RevDEQForImageClassification, dict(num_labels=3), torch.randint(0, 2, (4, 3), generator=GENERATOR).float()),
+    "pixels": (RevDEQForSemanticSegmentation, dict(num_labels=3), torch.randint(0, 3, (4, 5, 5), generator=GENERATOR)),
+}
+
+
+@pytest.mark.parametrize("task", ACCUMULATED)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_micro_batches_train_as_one_batch(task, parts, tmp_path):
+    """Losses and gradients of Trainer, of every head and every kind of label; those of transformers' own heads are as many times too large (5.23)."""
+    head, settings, labels = ACCUMULATED[task]
+    text = issubclass(head, RevDEQPreTrainedModel)
+    generator = torch.Generator().manual_seed(7)
+    if text:
+        inputs, name = torch.randint(0, 256, (4, 9), generator=generator), "input_ids"
+        config = RevDEQConfig(**SMALL, **settings)
+    else:
+        inputs, name = torch.randn(4, 3, 5, 5, generator=generator), "pixel_values"
+        config = RevDEQVisionConfig.dense_prediction(**IMAGE, **settings)  # whose norms do not look at the other images of a batch
+    rows = [
+        {name: a, "labels": b} if task != "answers" else {name: a, "start_positions": b, "end_positions": b + 2}
+        for a, b in zip(inputs, labels, strict=True)
+    ]
+    runs = []
+    for size in (4, 4 // parts):
+        torch.manual_seed(0)
+        model = head(copy.deepcopy(config))
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size, learning_rate=0.05, optim="sgd",
+            max_grad_norm=0.0, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        runs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry] + [p.detach() for p in model.parameters()])
+    for whole, accumulated in zip(*runs, strict=True):
+        torch.testing.assert_close(torch.as_tensor(accumulated), torch.as_tensor(whole), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("head", "auto", "labels"), HEADS, ids=lambda value: getattr(value, "__name__", ""))
+def test_heads_return_the_figures_of_the_solve(head, auto, labels):
+    model = awake(head(RevDEQConfig(**SMALL, num_labels=3))).eval()
+    out = model(IDS, **labels, output_solver_stats=True, max_steps=2)
+    assert out.solver_steps.tolist() == [[2] * 9] * 3
+    assert torch.equal(out.solver_residual, model.model.solve.statistics.residual)
+    assert "solver_steps" not in model(IDS)
+    as_tuple = model(IDS, **labels, output_solver_stats=True, max_steps=2, return_dict=False)
+    assert torch.equal(as_tuple[-1], out.solver_residual)
 
 
 # Tasks made of the standard library's source text, read as bytes.

@@ -10,7 +10,7 @@ import torch
 from conftest import awake
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, pipeline
 
-from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQModel
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQModel, modeling_revdeq
 
 SMALL = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_position_embeddings=64, max_steps=3)
 
@@ -146,6 +146,35 @@ def test_a_cache_of_other_steps_is_refused_before_anything_is_written():
         assert len(cache.layers) == model.config.num_hidden_layers == 6
         made_elsewhere = DynamicCache()  # without a config, slots appear as they are used
         torch.testing.assert_close(model(IDS, past_key_values=made_elsewhere).logits, model(IDS).logits)
+
+
+def test_gradients_flow_through_a_cache_into_a_frozen_block():
+    """As in prefix tuning: what is learned lies in the cache, and no parameter of the model wants a gradient."""
+    model = small().requires_grad_(False)
+    cache = DynamicCache(config=model.config)
+    prompt = torch.randn(2, 3, 32, requires_grad=True)
+    model(inputs_embeds=prompt, past_key_values=cache)
+    model(IDS, past_key_values=cache).logits.square().sum().backward()
+    frozen = prompt.grad
+    trainable = small()
+    cache, prompt = DynamicCache(config=model.config), prompt.detach().requires_grad_()
+    trainable(inputs_embeds=prompt, past_key_values=cache)
+    trainable(IDS, past_key_values=cache).logits.square().sum().backward()
+    torch.testing.assert_close(frozen, prompt.grad)
+    assert frozen.abs().sum() > 0
+
+
+def test_a_decoding_loop_outside_no_grad_is_told_that_it_gets_no_cache(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_revdeq.logger, "warning_once", said.append)
+    model = small()
+    with torch.no_grad():
+        assert model(IDS).past_key_values is not None
+    assert model(IDS, use_cache=False).past_key_values is None
+    assert model.train()(IDS).past_key_values is None
+    assert not said
+    assert model.eval()(IDS).past_key_values is None
+    assert "torch.no_grad()" in said[0]
 
 
 def test_training_keeps_no_cache_and_a_cache_given_with_gradients_is_exact():

@@ -1,15 +1,23 @@
 """The laws of the fixed-point layer (exactness, cost, memory, honesty) at small sizes."""
 
 import copy
+import pickle
+import sys
+import threading
 import warnings
+from collections import OrderedDict
 from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import AttentionBlock, make_block, relative_error
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdeq_hf import DriftError, ReversibleFixedPoint
+from revdeq_hf.layer_revdeq import _Glances
 from revdeq_hf.training import LiveBytes
 
 BETAS = [0.3, 0.5, 0.7, 0.75, 0.8, 0.9, 1.2, 1.5]
@@ -682,3 +690,127 @@ def test_arithmetic_in_blocks_of_rows_gives_the_same_bits(kind, settings, monkey
         found.append([*parts, *(parameter.grad for parameter in block.parameters())])
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("around_forward", [True, False])
+def test_the_backward_pass_has_the_autocast_of_the_forward_pass(gradient, around_forward):
+    """A layer in float32 inside a program in bfloat16 that calls backward() under its own autocast, and the other way round."""
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=8, drift_policy="raise")
+    results = []
+    for mode in (gradient, "backprop"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around_forward):
+            loss = layer(x, gradient=mode).z.square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not around_forward):
+            results.append(torch.autograd.grad(loss, [x, *layer.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert layer.drift == 0
+
+
+class Pair(NamedTuple):
+    scale: torch.Tensor
+    name: str
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+def test_context_in_named_tuples_and_ordered_dicts_gets_gradients(gradient):
+    class Scaled(nn.Module):
+        def forward(self, z, x, pair, more):
+            assert pair.name == "a"
+            return 0.5 * torch.tanh(z * pair.scale + x * more["shift"])
+
+    layer = ReversibleFixedPoint(Scaled(), max_steps=4, gradient=gradient)
+    scale, shift = (torch.full((4,), value, requires_grad=True) for value in (0.7, 1.3))
+    layer(torch.randn(2, 4), Pair(scale, "a"), OrderedDict(shift=shift)).z.sum().backward()
+    assert scale.grad.abs().sum() > 0
+    assert shift.grad.abs().sum() > 0
+
+
+def test_a_hidden_input_is_told_in_every_solve():
+    """Not in the first one of a layer only: what a block uses may change, and it would get no gradient without a word."""
+    outside = torch.ones(4)
+    layer = ReversibleFixedPoint(Returns(lambda f: f * outside), max_steps=2)
+    layer(torch.randn(2, 4)).z.sum().backward()
+    outside = torch.ones(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="neither one of its parameters nor one of its arguments"):
+        layer(torch.randn(2, 4)).z.sum().backward()
+
+
+def test_a_solution_has_the_figures_of_its_own_solve():
+    """Of calls from several threads at once, not those of whichever ended last."""
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=2).eval()
+    wrong = []
+
+    def call(rows: int, steps: int) -> None:
+        with torch.no_grad():
+            for _ in range(150):
+                solution = layer(x[:rows], max_steps=steps)
+                if solution.steps.tolist() != [steps] * rows or solution.evaluations != 2 * steps:
+                    wrong.append(solution)
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=call, args=arguments) for arguments in ((1, 2), (2, 3))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(switch)
+    assert not wrong
+
+
+class Later(_Glances):
+    """As on an accelerator, where numbers arrive later."""
+
+    def at(self, number, act, wait=False):
+        self._waiting.append((number, SimpleNamespace(query=lambda: True), act))
+
+
+def test_what_arrives_later_is_told_by_the_next_solve_and_does_not_travel():
+    for gradient in ("checkpoint", "implicit"):
+        layer = ReversibleFixedPoint(Returns(lambda f: f * 1e5), max_steps=2, gradient=gradient)
+        layer._certificate._glances = Later()
+        layer(torch.ones(2, 4))
+        assert layer._certificate._glances._waiting
+        for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer._certificate))):
+            assert not getattr(again, "_certificate", again)._glances._waiting
+        with pytest.warns(UserWarning, match="were clamped"):
+            layer(torch.ones(2, 4))
+
+
+def test_the_meta_device():
+    """Shapes of a solve without its numbers."""
+    with torch.device("meta"):
+        block, x = make_block("attention")
+        layer = ReversibleFixedPoint(block, max_steps=3)
+        assert layer(x).z.shape == x.shape
+
+
+class HostReads(TorchDispatchMode):
+    """Counts how often the host asks for a number of a tensor, for which it would wait on an accelerator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "implicit", "phantom"])
+def test_the_host_does_not_wait_for_each_step(gradient):
+    """As many reads at 4 as at 32 steps; one a step more with `tol` only, whose docstring says so."""
+    counts = []
+    for steps, tol in ((4, None), (32, None), (4, 0.0), (32, 0.0)):
+        block, x = make_block("attention")
+        layer = ReversibleFixedPoint(block, max_steps=steps, tol=tol, gradient=gradient, adjoint_tol=0.0, adjoint_max_steps=2)
+        with HostReads() as reads:
+            layer(x).z.sum().backward()
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
+    assert counts[3] - counts[2] == 28

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_block, relative_error
+from conftest import awake, make_block, relative_error
 from huggingface_hub.errors import StrictDataclassError
 
 from revdeq_hf import (
@@ -207,6 +207,35 @@ def test_tokens_of_an_example_are_taken_together():
         best = residuals_from_each_start(model.model.solve, lambda: model(ids)).min(0).values
         assert model(ids).logits.shape == (2, 5, 3)
     assert torch.equal(model.model.solve.statistics.residual, best)
+
+
+@pytest.mark.parametrize("gradient", [None, "reversible", "backprop"])
+def test_padding_does_not_hold_an_example_back(gradient):
+    """Nor has it a part in the residual: an example that stops as a whole stops where it would without padding."""
+    config = dict(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_attention_heads=2, is_causal=False, max_steps=40, tol=0.03, num_labels=3
+    )
+    torch.manual_seed(0)
+    model = awake(RevDEQForTokenClassification(RevDEQConfig(**config)), std=0.3).eval()
+    ids = torch.randint(20, (3, 8))
+    padded = torch.cat((ids, torch.zeros(3, 9, dtype=torch.long)), 1)
+    mask = (torch.arange(17) < 8).long().expand(3, -1)
+    with torch.set_grad_enabled(gradient is not None):
+        model.model.solve.gradient = gradient or "reversible"
+        alone = model(ids, output_solver_stats=True)
+        together = model(padded, attention_mask=mask, output_solver_stats=True)
+    assert torch.equal(alone.solver_steps, together.solver_steps)
+    assert alone.solver_steps.max() < 40
+    torch.testing.assert_close(together.logits[:, :8], alone.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.solver_residual, alone.solver_residual, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        counted = model.model.solve(torch.randn(2, 5, 16), measure_mask=torch.ones(2, 5, dtype=torch.bool), max_steps=2)
+        assert counted.residual.shape == (2,)
+        with pytest.raises(ValueError, match=r"measure_mask must be \(batch, positions\) = \(2, 5\)"):
+            model.model.solve(torch.randn(2, 5, 16), measure_mask=torch.ones(2, 4, dtype=torch.bool))
+    causal = ReversibleFixedPoint(torch.nn.Linear(4, 4), row_dims=2)
+    with pytest.raises(ValueError, match="needs row_dims=1"):
+        causal(torch.randn(2, 3, 4), measure_mask=torch.ones(2, 3, dtype=torch.bool))
 
 
 def test_positions_that_are_rows_are_taken_together():

@@ -237,6 +237,11 @@ def test_transforms_of_torch_func_are_refused_and_functional_call_works_where_al
     torch.func.functional_call(stored, swapped, (x,)).z.sum().backward()
     assert all(parameter.grad is not None for parameter in swapped.values())
     assert all(parameter.grad is None for parameter in block.parameters())
+    for gradient in ("reversible", "checkpoint", "implicit"):  # a recomputation after the call would meet the block's own weights
+        layer = ReversibleFixedPoint(block, max_steps=2, gradient=gradient)
+        out = torch.func.functional_call(layer, swapped, (x,)).z.sum()
+        with pytest.raises(RuntimeError, match="functional_call"):
+            out.backward()
 
 
 def test_a_cache_of_parametrised_weights_is_refused_with_gradients():

@@ -148,6 +148,7 @@ def test_trainer_learns_saves_and_the_auto_class_loads(tmp_path):
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.1 * before
+    assert trainer.predict(rows[48:]).predictions.shape == (16, 2, 6, 6)  # the logits alone: metrics need not know of solver_steps
     trainer.save_model(str(tmp_path / "saved"))
     loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "saved")
     assert isinstance(loaded, RevDEQForSemanticSegmentation)

@@ -8,7 +8,14 @@ import torch
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # `transformers.AutoImageProcessor` of 5.17 wants torchvision
 
-from revdeq_hf import RevDEQForImageClassification, RevDEQVisionBackbone, RevDEQVisionConfig, RevDEQVisionModel
+from revdeq_hf import (
+    RevDEQForImageClassification,
+    RevDEQForSemanticSegmentation,
+    RevDEQVisionBackbone,
+    RevDEQVisionConfig,
+    RevDEQVisionModel,
+)
+from revdeq_hf.training import LiveBytes
 
 SEVERAL = dict(hidden_sizes=[16, 32], expansion_ratios=[1, 2], max_steps=2, group_width=8, num_labels=3, image_size=8)
 SINGLE = SEVERAL | dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4, stem="group_norm", residual_stages=False)
@@ -109,6 +116,39 @@ def test_a_backbone_returns_the_maps_of_a_trained_classifier(tmp_path):
     classifier = RevDEQForImageClassification.from_pretrained(tmp_path / "backbone").eval()
     assert torch.equal(classifier.model(IMAGES).last_hidden_state, expected.hidden_states[-1])
     assert isinstance(AutoBackbone.from_config(model.config), RevDEQVisionBackbone)
+
+
+@NETWORKS
+@pytest.mark.parametrize("gradient", ["reversible", "backprop"])
+def test_activation_checkpointing_is_mapped_onto_the_gradient_mode(settings, gradient):
+    model = make(RevDEQForImageClassification, settings, gradient=gradient).train()
+
+    def kept_and_gradients() -> tuple[int, list[torch.Tensor]]:
+        with LiveBytes() as memory:
+            loss = model(IMAGES).logits.square().sum()
+        kept = memory.alive
+        return kept, torch.autograd.grad(loss, list(model.parameters()))
+
+    before, expected = kept_and_gradients()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    after, found = kept_and_gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert after == before if gradient == "reversible" else after < 0.8 * before
+
+
+def test_every_class_takes_restarts():
+    """Of each stage's start states the best one, in every class and not in the body alone."""
+    for model_class in (*CLASSES, RevDEQForSemanticSegmentation):
+        settings = RECALL | dict(hidden_sizes=[16], expansion_ratios=[1]) if model_class is RevDEQForSemanticSegmentation else SEVERAL
+        model = make(model_class, settings, initial_scale=1.0)
+        calls: list[int] = []
+        body = model if isinstance(model, RevDEQVisionBackbone | RevDEQVisionModel) else model.model
+        body.stages[0].block.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad():
+            model(IMAGES, num_restarts=3)
+            assert len(calls) == 3 * 2 * 2
+            with pytest.raises(ValueError, match="num_restarts"):
+                model(IMAGES, num_restarts=0)
 
 
 @pytest.mark.parametrize("gradient", ["reversible", "backprop"])

@@ -187,7 +187,6 @@ def gradient_costs(model: Any, batch: dict[str, torch.Tensor], steps: Sequence[i
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def forward(mode: str, number: int) -> torch.Tensor:
-        model.config.gradient = mode  # the language model looks there, the image model's layers at themselves
         for layer in layers:
             layer.gradient = mode
         model.zero_grad(set_to_none=True)
