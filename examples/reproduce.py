@@ -346,11 +346,15 @@ def summary(values: list[Any]) -> str:
     return f"{mean:,.{places}f} \u00b1 {statistics.stdev(numbers):,.{places}f}"
 
 
-def table(recipe: Recipe, folder: Path) -> str:
-    """Markdown: a row for each variant, mean and standard deviation over its seeds, and the commits that its runs were of."""
-    lines = [f"| variant | {' | '.join(recipe.columns)} | seeds | commit |", f"|{'---|' * (len(recipe.columns) + 3)}"]
+def table(recipe: Recipe, folder: Path, columns: list[str] | None = None) -> str:
+    """Markdown: a row for each variant, mean and standard deviation over its seeds, and the commits that its runs were of.
+
+    Of the recipe's columns all, or those named.
+    """
+    chosen = {name: recipe.columns[name] for name in columns or recipe.columns}
+    lines = [f"| variant | {' | '.join(chosen)} | seeds | commit |", f"|{'---|' * (len(chosen) + 3)}"]
     for variant, records in kept(recipe, folder).items():
-        cells = [summary([measured(record, path) for record in records]) for path in recipe.columns.values()]
+        cells = [summary([measured(record, path) for record in records]) for path in chosen.values()]
         diverged = sum(record.get("diverged", False) for record in records)
         named = f"{variant} (diverged in {diverged} of {len(records)})" if diverged else variant
         commits = dict.fromkeys(
@@ -361,12 +365,14 @@ def table(recipe: Recipe, folder: Path) -> str:
 
 
 def updated(text: str) -> str:
-    """A page of Markdown with every table between `<!-- table: RECIPE -->` and `<!-- end -->` made anew from the results files."""
+    """A page of Markdown with every table made anew from the results files: what stands between `<!-- table: RECIPE -->`, or
+    `<!-- table: RECIPE (column; column) -->`, and `<!-- end -->`."""
 
     def block(found: re.Match) -> str:
-        return f"{found[1]}\n{table(load(found[2]), RESULTS)}\n{found[3]}"
+        columns = found[3].split("; ") if found[3] else None
+        return f"{found[1]}\n{table(load(found[2]), RESULTS, columns)}\n{found[4]}"
 
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", block, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: (\w+)(?: \((.*?)\))? -->)\n.*?(<!-- end -->)", block, text, flags=re.DOTALL)
 
 
 def plot(recipe: Recipe, folder: Path, path: Path) -> None:
