@@ -6,7 +6,7 @@
     sudoku(count, givens, seed)        # 9 x 9, one solution
 
 Every function takes `split="train"` (default) or `"test"`: a problem belongs to the one or the other by a checksum of what is given, so that no problem is in
-both whatever the seeds and counts. `collate` makes a batch of grids, `collate_words` and `collate_sudoku` of tokens.
+both whatever the seeds and counts. `collate` makes a batch of grids, `collate_mosaic` one of grids with several mazes each, `collate_words` and `collate_sudoku` of tokens.
 """
 
 import itertools
@@ -160,6 +160,28 @@ def mazes(count: int, size: int, seed: int, split: str = "train") -> Dataset:
         return {"given": pixels.tobytes(), "pixel_values": pixels.tolist(), "labels": labels.tolist(), "length": len(path)}
 
     return _dataset(draw, count, seed, split)
+
+
+def collate_mosaic(rows: list[dict[str, Any]], tiles: int = 2) -> Batch:
+    """A batch of grids with `tiles` x `tiles` mazes each, side by side with a wall of one cell between them; places without a maze are walls.
+
+    A maze has no wall around, so that in a small one the edge of the grid is near everywhere, which in a large one it is not. Here half of a maze's surroundings are
+    another maze. Shapes as of `collate`, with a side of `tiles * (size + 1) - 1`.
+    """
+    if tiles < 1:
+        raise ValueError(f"tiles must be at least 1, got {tiles}")
+    single = collate(rows)
+    size = single["labels"].shape[-1]
+    grids = -(-len(rows) // tiles**2)
+    side = tiles * (size + 1) - 1
+    pixels, labels = torch.zeros(grids, 3, side, side), torch.zeros(grids, side, side, dtype=torch.int64)
+    pixels[:, WALL] = 1
+    for number, (maze, path) in enumerate(zip(single["pixel_values"], single["labels"], strict=True)):
+        grid, place = divmod(number, tiles**2)
+        row, column = (slice(index * (size + 1), index * (size + 1) + size) for index in divmod(place, tiles))
+        pixels[grid, :, row, column] = maze
+        labels[grid, row, column] = path
+    return {"pixel_values": pixels, "labels": labels}
 
 
 def the_path(walls: np.ndarray, start: tuple[int, int], goal: tuple[int, int]) -> list[tuple[int, int]]:

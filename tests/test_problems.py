@@ -172,6 +172,7 @@ def test_batches(problems):
     assert batch["pixel_values"].shape == (3, 3, 7, 7)
     assert batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].shape == (3, 7, 7)
+    assert torch.equal(problems.collate_mosaic(list(mazes), tiles=1)["pixel_values"], batch["pixel_values"])
     puzzles = problems.sudoku(2, 40, seed=0)
     batch = problems.collate_sudoku(list(puzzles))
     assert torch.equal(batch["input_ids"] // 10, torch.arange(81).expand(2, 81))
@@ -180,6 +181,27 @@ def test_batches(problems):
     assert torch.equal(mask, mask.T)
     assert (mask.sum(1) == 21).all()
     assert mask[40].nonzero().flatten().tolist() == sorted({*range(36, 45), *range(4, 81, 9), 30, 31, 32, 39, 40, 41, 48, 49, 50})
+
+
+def test_a_mosaic_holds_every_maze_once_with_walls_between(problems):
+    rows = list(problems.mazes(6, 7, seed=0))
+    single, batch = problems.collate(rows), problems.collate_mosaic(rows, tiles=2)
+    assert batch["pixel_values"].shape == (2, 3, 15, 15)
+    assert batch["labels"].shape == (2, 15, 15)
+    found = [(g, r, c) for g in range(2) for r in (0, 8) for c in (0, 8)]
+    for number, (grid, row, column) in enumerate(found):
+        maze = batch["pixel_values"][grid, :, row : row + 7, column : column + 7]
+        path = batch["labels"][grid, row : row + 7, column : column + 7]
+        if number < 6:
+            assert torch.equal(maze, single["pixel_values"][number])
+            assert torch.equal(path, single["labels"][number])
+        else:
+            assert torch.equal(maze, torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 7, 7))
+    between = torch.zeros(15, 15, dtype=torch.bool)
+    between[7, :] = between[:, 7] = True
+    assert (batch["pixel_values"][:, problems.WALL, between] == 1).all()
+    assert batch["pixel_values"].sum() == single["pixel_values"].sum() + 2 * between.sum() + 2 * 49
+    assert batch["labels"].sum() == single["labels"].sum()
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,8 @@ def test_labels_that_weigh_more(think, tmp_path):
         (dict(network="stack", model_name_or_path="runs/x"), "takes an equilibrium network; a stack is trained from the start"),
         (dict(train_steps=[5, 3]), "--train_steps takes a number of steps, or the least and the most of them, got 5 3"),
         (dict(label_weights=[1, 0]), "--label_weights takes two positive numbers"),
+        (dict(tiles=2), "--tiles is for mazes and at least 1, got 2 for prefix_sums"),
+        (dict(problem="mazes", tiles=0), "--tiles is for mazes and at least 1, got 0 for mazes"),
         (dict(num_restarts=3), "num_restarts=3 from a start state of zero would find the same 3 times"),
     ],
 )
