@@ -6,7 +6,8 @@
     sudoku(count, givens, seed)        # 9 x 9, one solution
 
 Every function takes `split="train"` (default) or `"test"`: a problem belongs to the one or the other by a checksum of what is given, so that no problem is in
-both whatever the seeds and counts. `collate` makes a batch of grids, `collate_mosaic` one of grids with several mazes each, `collate_words` and `collate_sudoku` of tokens.
+both whatever the seeds and counts. `collate` makes a batch of grids, `collate_mosaic` of grids with several mazes each, `collate_words` and
+`collate_sudoku` of tokens.
 """
 
 import itertools
@@ -165,8 +166,8 @@ def mazes(count: int, size: int, seed: int, split: str = "train") -> Dataset:
 def collate_mosaic(rows: list[dict[str, Any]], tiles: int = 2) -> Batch:
     """A batch of grids with `tiles` x `tiles` mazes each, side by side with a wall of one cell between them; places without a maze are walls.
 
-    A maze has no wall around, so that in a small one the edge of the grid is near everywhere, which in a large one it is not. Here half of a maze's surroundings are
-    another maze. Shapes as of `collate`, with a side of `tiles * (size + 1) - 1`.
+    A maze has no wall around, so that in a small one the edge of the grid is near everywhere, which in a large one it is not. Here half of what lies around
+    a maze are other mazes. Shapes as of `collate`, with a side of `tiles * (size + 1) - 1`.
     """
     if tiles < 1:
         raise ValueError(f"tiles must be at least 1, got {tiles}")

@@ -114,7 +114,7 @@ class ProblemArguments:
     tiles: int = field(
         default=1,
         metadata={
-            "help": "So many mazes of the training lie side by side on one grid, in each direction, so that its edge is not near everywhere. Default: of mazes 2."
+            "help": "So many training mazes lie side by side on a grid, in each direction, so that its edge is not near everywhere. Default: of mazes 2."
         },
     )
     test_sizes: list[int] | None = field(default=None, metadata={"help": "Sizes to test on. Default: the problem's."})
@@ -165,7 +165,7 @@ class NetworkArguments:
     residual_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the relative residual's square in the loss, growing from 0 to this: learn to be right, then to converge. Default: 0, of mazes 0.3."
+            "help": "Weight of the relative residual's square in the loss, growing from 0: learn to be right, then to converge. Default: 0, of mazes 0.3."
         },
     )
     label_weights: list[float] | None = field(
