@@ -73,7 +73,7 @@ PROBLEMS = {
         train_steps=(8, 24),
         flags=dict(
             **dict(hidden_size=32, learning_rate=1.5e-3, adam_beta2=0.99, max_grad_norm=0.25, max_steps=6000),
-            **dict(label_weights=[1.0, 30.0], tiles=2, residual_weight=0.3),
+            **dict(label_weights=[1.0, 30.0], tiles=2, residual_weight=1.5),
         ),
     ),
     "sudoku": Problem(
@@ -165,7 +165,7 @@ class NetworkArguments:
     residual_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the relative residual's square in the loss, growing from 0: learn to be right, then to converge. Default: 0, of mazes 0.3."
+            "help": "Weight of the relative residual's square in the loss, growing from 0: learn to be right, then to converge. Default: 0, of mazes 1.5."
         },
     )
     label_weights: list[float] | None = field(
