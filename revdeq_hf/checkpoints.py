@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .flops import training_flops
 from .hub_revdeq import BundledConfig
 from .publishing import BundleCallback, publish
 
@@ -156,6 +157,10 @@ class ResumableTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str):
             check_same_model(self.model.config, resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of the micro-batch just trained on: Trainer's own `total_flos` takes a loop for a single evaluation."""
+        return training_flops(self.model) or super().floating_point_ops(inputs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if self.state.global_step >= self.state.max_steps:  # killed between the last update and the end: nothing is left to train

@@ -14,6 +14,8 @@ from .steps_revdeq import check_steps
 # unsure, so no threshold ends it; its length follows what was accepted.
 DRAFTING = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic_transient", "assistant_confidence_threshold": 0.0}
 
+OWN_ARGUMENTS = {"max_steps", "output_solver_stats"}  # of a call, which mean nothing to another model that drafts for this one
+
 
 class RevDEQGenerationMixin(GenerationMixin):
     """`generate` with `max_steps` and `draft_max_steps`; everything else is transformers'."""
@@ -25,7 +27,7 @@ class RevDEQGenerationMixin(GenerationMixin):
         """transformers' `generate`, and
 
         Args:
-            max_steps (`int`, *optional*): steps of every solve, instead of `config.max_steps`.
+            max_steps (`int`, *optional*): steps of every solve, instead of `config.max_steps`. An `assistant_model` keeps its own.
             draft_max_steps (`int`, *optional*): the model drafts for itself: solves of so few steps propose tokens one by one, one solve of all steps
                 verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution). Drafts begin with
                 5 tokens, 2 more after each that was accepted whole, 1 less after others; `num_assistant_tokens`, `num_assistant_tokens_schedule` and
@@ -38,7 +40,8 @@ class RevDEQGenerationMixin(GenerationMixin):
         """
         if draft_max_steps is not None:
             steps = check_steps(kwargs.get("max_steps") or self.config.max_steps)
-            if check_steps(draft_max_steps, "draft_max_steps") >= steps:
+            draft_max_steps = check_steps(draft_max_steps, "draft_max_steps")
+            if draft_max_steps >= steps:
                 raise ValueError(f"draft_max_steps must be below the steps of a full solve, got {draft_max_steps} and max_steps={steps}")
             kwargs["assistant_early_exit"] = draft_max_steps
             configured = self.generation_config if generation_config is None else generation_config
@@ -46,12 +49,14 @@ class RevDEQGenerationMixin(GenerationMixin):
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _get_candidate_generator(
-        self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
+        self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, *args, **kwargs
     ) -> CandidateGenerator:
         steps = generation_config.assistant_early_exit
         if steps is None:
+            if assistant_model is not None:  # has steps of its own, or none
+                model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
             return super()._get_candidate_generator(
-                generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, *args, **kwargs
+                generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, *args, **kwargs
             )
         # transformers' own early exit changes the config while it drafts, and not at all where max_steps is given in the call
         generation_config = copy.deepcopy(generation_config)
@@ -70,6 +75,18 @@ class RevDEQGenerationMixin(GenerationMixin):
             )
         finally:
             self.generation_config = own
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and with it what transformers builds on it: `continuous_batching_context_manager`, `generate_batch`, `cache_implementation="paged"`.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "continuous batching (generate_batch, init_continuous_batching, continuous_batching_context_manager, cache_implementation='paged') cannot run "
+            f"{type(self).__name__}: its paged cache has one slot for each layer, in which the evaluations of a solve would overwrite one another's keys and "
+            "values, and wrong tokens would come out. Use generate with left-padded batches"
+        )
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers looks at its signature
     def prepare_inputs_for_generation(self, *args, **kwargs):

@@ -7,9 +7,13 @@ and `LICENSE`. transformers' own way, `register_for_auto_class`, names the saved
 
 import shutil
 import warnings
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .license_revdeq import LICENSE
@@ -37,17 +41,35 @@ AUTO_MAPS = {
     },
 }
 
+# what other projects call a setting, where the spelling does not tell
+ELSEWHERE = {
+    "max_iter": "max_steps",
+    "f_max_iter": "max_steps",
+    "num_iterations": "max_steps",
+    "num_steps": "max_steps",
+    "relaxation": "beta",
+    "tau": "beta",
+    "num_layers": "num_block_layers",
+}
+
+UNDECLARED = {"tie_last_hidden_states"}  # a setting of transformers' that is no field
+
+# that a model's fixed-point layers take from its configuration when they are made
+SOLVER_SETTINGS = ("beta", "tol", "gradient", "solver", "keep_evaluations", "damping", "initial_scale", "path_noise", "num_restarts")
+
 _MARK = "# The code files (*.py) of this folder, revdeq_hf "
 
 
 class BundledConfig:
-    """Mixed into both configurations: saving one saves its model's code, and a version other than this one is told.
+    """Mixed into both configurations: saving one saves its model's code; a version other than this one, and a misspelt setting, are told.
 
     `config.json` states the version of the code that wrote it as `revdeq_version`.
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
         written = kwargs.pop("revdeq_version", None)
+        if written is None:  # what a saved one holds besides has been told, or is another library's
+            self._warn_of_misspelt(kwargs)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         if written is not None and written != __version__:
             warnings.warn(
@@ -56,6 +78,17 @@ class BundledConfig:
                 "that has not imported revdeq_hf, which runs the code saved with the model",
                 stacklevel=2,
             )
+
+    def _warn_of_misspelt(self, names: Iterable[str]) -> None:
+        """transformers keeps a keyword that is no field as an attribute, whatever it is."""
+        settings = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        for name in names:
+            meant = [ELSEWHERE[name]] if ELSEWHERE.get(name) in settings else get_close_matches(name, settings, n=1, cutoff=0.75)
+            if meant and not hasattr(type(self), name) and not hasattr(GenerationConfig(), name) and name not in UNDECLARED:
+                warnings.warn(
+                    f"{type(self).__name__} has no setting {name!r}; did you mean {meant[0]!r}? It is kept as an attribute and changes nothing",
+                    stacklevel=3,
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "revdeq_version": __version__}  # type: ignore[misc]
@@ -92,11 +125,28 @@ class BundledModel:
 
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
         config = self.config  # type: ignore[attr-defined]
+        self._warn_of_settings_that_differ()
         config.model_file = self.model_file
         try:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         finally:
             config.__dict__.pop("model_file", None)
+
+    def _warn_of_settings_that_differ(self) -> None:
+        """What is saved is the configuration, and what has been run are the layers that were made from it."""
+        differ = {}
+        for module in self.modules():  # type: ignore[attr-defined]
+            if type(module).__name__ == "ReversibleFixedPoint":
+                for name in SOLVER_SETTINGS:
+                    saved, used = getattr(self.config, name), getattr(module, name)  # type: ignore[attr-defined]
+                    if saved != used and not (name == "beta" and abs(saved - used) < 1e-6):  # a nearby fraction
+                        differ[name] = f"{name}={saved!r} (run with {used!r})"
+        if differ:
+            warnings.warn(
+                f"the configuration being saved and the layers that have been run differ: {', '.join(differ.values())}. Settings of a solve are read from the "
+                "configuration when a model is made; set them in both, or load the model with from_pretrained(folder, name=value)",
+                stacklevel=3,
+            )
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel") -> None:

@@ -95,7 +95,7 @@ def init_from(
     ):
         for layer, values in zip(destination, weights, strict=True):
             layer.load_state_dict(values, strict=True)
-    training = source.training
+    modes = {module: module.training for module in source.modules()}
     source.eval()
     ids = _plausible_tokens(source)
     if gpt2:
@@ -104,7 +104,8 @@ def init_from(
         sizes = _sizes(source, ids)
         known = [sizes[index] for index in (taken if mean else taken[:1])]
         _finish_llama(model, given, sum(known) / len(known), sizes, state_gain)
-    source.train(training)
+    for module, mode in modes.items():
+        module.training = mode
     return model
 
 

@@ -41,28 +41,52 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
     ) -> None:
         body = getattr(model, "base_model", model)
-        matrices = {module.weight: None for module in body.modules() if isinstance(module, nn.Linear) and module.weight.requires_grad}
+        self._linear = {module.weight: None for module in body.modules() if isinstance(module, nn.Linear)}
+        matrices = [weight for weight in self._linear if weight.requires_grad]
         if not matrices:
             raise ValueError("Muon needs linear layers to train, the model's body has none (convolutions are not matrices); use AdamW")
-        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in matrices]
+        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in self._linear]
         groups = [
             {"params": [parameter for parameter in others if parameter.dim() > 1], "weight_decay": weight_decay},
             {"params": [parameter for parameter in others if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
-        self.muon = torch.optim.Muon(
-            list(matrices), lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
-        )
-        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, eps=eps)
+        self.muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        filled = [group for group in groups if group["params"]]
+        self.adamw = torch.optim.AdamW(filled, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, such as layers that were frozen at first.
+
+        Weights of the body's linear layers go to Muon, others, and a group that sets `betas`, to AdamW. What the group does not set is as it was given to
+        the constructor.
+
+        Raises:
+            ValueError: it holds both kinds and no `betas`; or what torch raises.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        kinds = {"betas" not in group and parameter in self._linear for parameter in group["params"]}
+        if len(kinds) > 1:
+            self.param_groups.pop()
+            raise ValueError("a group must hold weights of the body's linear layers, for Muon, or none of them, for AdamW; add two groups")
+        if True not in kinds and all(parameter.dim() <= 1 for parameter in group["params"]):
+            group.setdefault("weight_decay", 0.0)
+        for name, value in (self.muon if True in kinds else self.adamw).defaults.items():
+            group.setdefault(name, value)
         self._share()
 
     def _share(self) -> None:
         """The two optimizers work on this one's groups and state, so that schedules and checkpoints need to know of this one alone."""
-        self.muon.param_groups, self.adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self.muon.param_groups = [group for group in self.param_groups if "betas" not in group]
+        self.adamw.param_groups = [group for group in self.param_groups if "betas" in group]
         self.muon.state = self.adamw.state = self.state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def __getstate__(self) -> dict[str, Any]:  # of copies; torch's has nothing but the groups and their state
+        return {**super().__getstate__(), "muon": self.muon, "adamw": self.adamw, "_linear": self._linear}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of copies, and within load_state_dict
+        super().__setstate__(state)
         self._share()
 
     @torch.no_grad()

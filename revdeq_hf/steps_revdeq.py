@@ -14,8 +14,9 @@ can be kept in a model's config:
 """
 
 import math
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -30,15 +31,25 @@ DISTRIBUTIONS = {
 _host_groups: dict[Any, Any] = {}  # a group of host memory for each default process group
 
 
-def check_steps(max_steps: int, name: str = "max_steps") -> int:
-    """Returns `max_steps` if it is a whole number from 1 to 100,000.
+def check_steps(max_steps: SupportsIndex, name: str = "max_steps", written: bool = False) -> int:
+    """Returns `max_steps` as an int if it is a whole number from 1 to 100,000: an int, one of NumPy's, a tensor of one.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not; or, of what is `written` to a config, it is no int, for JSON has no others.
     """
-    if isinstance(max_steps, bool) or not isinstance(max_steps, int) or not 1 <= max_steps <= MAX_STEPS_LIMIT:
+    number = max_steps if type(max_steps) is int else None if written else _index(max_steps)
+    if number is None or not 1 <= number <= MAX_STEPS_LIMIT:
         raise ValueError(f"{name} must be a whole number from 1 to {MAX_STEPS_LIMIT}, got {max_steps!r}")
-    return max_steps
+    return number
+
+
+def _index(value: Any) -> int | None:
+    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:  # operator.index takes True for 1
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_steps_sampling(sampling: "Mapping[str, Any] | None") -> None:
@@ -58,7 +69,7 @@ def check_steps_sampling(sampling: "Mapping[str, Any] | None") -> None:
         if not isinstance(steps, (list, tuple)) or not steps:
             raise ValueError(f"steps_sampling 'steps' must be a list of numbers of steps, got {steps!r}")
         for number in steps:
-            check_steps(number, "steps_sampling 'steps'")
+            check_steps(number, "steps_sampling 'steps'", written=True)
         if weights is not None and (
             not isinstance(weights, (list, tuple))
             or len(weights) != len(steps)
@@ -69,8 +80,8 @@ def check_steps_sampling(sampling: "Mapping[str, Any] | None") -> None:
         return
     if kind == "uniform" and not {"min_steps", "max_steps"} <= set(sampling):
         raise ValueError(f"steps_sampling with distribution 'uniform' needs 'min_steps' and 'max_steps', got {sampling!r}")
-    low = check_steps(sampling.get("min_steps", 1), "steps_sampling 'min_steps'")
-    high = check_steps(sampling.get("max_steps", MAX_STEPS_LIMIT), "steps_sampling 'max_steps'")
+    low = check_steps(sampling.get("min_steps", 1), "steps_sampling 'min_steps'", written=True)
+    high = check_steps(sampling.get("max_steps", MAX_STEPS_LIMIT), "steps_sampling 'max_steps'", written=True)
     if low > high:
         raise ValueError(f"steps_sampling 'min_steps' must not be above 'max_steps', got {low} and {high}")
     if kind != "uniform":

@@ -383,7 +383,7 @@ def residual_curve(model: nn.Module, inputs: dict[str, torch.Tensor], steps: int
         For each layer's name, `steps` numbers.
     """
     layers = fixed_point_layers(model)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # some may rest while others train
     model.eval()
     curves: dict[str, list[float]] = {name: [] for name, _ in layers}
     try:
@@ -394,7 +394,8 @@ def residual_curve(model: nn.Module, inputs: dict[str, torch.Tensor], steps: int
                 assert layer.statistics.residual is not None
                 curves[name].append(layer.statistics.residual.mean().item())
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     return curves
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import check_python_requirements
 
 import revdeq_hf
-from revdeq_hf import hub_revdeq
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, hub_revdeq
 
 ROOT = Path(__file__).parents[1]
 LANGUAGE = dict(
@@ -366,3 +366,24 @@ def test_weights_of_another_shape_or_cut_short_are_refused(bundles, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(SafetensorError):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_saving_a_model_that_ran_with_other_settings_is_told(tmp_path):
+    """The folder would hold another model than the one that was measured."""
+    for model, layers in (
+        (
+            RevDEQForCausalLM(RevDEQConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_attention_heads=2)),
+            lambda m: [m.model.solve],
+        ),
+        (RevDEQForImageClassification(RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[1, 1])), lambda m: m.model.stages),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.save_pretrained(tmp_path)
+        model.config.beta = 0.9
+        with pytest.warns(UserWarning, match=r"beta=0\.9 \(run with 0\.[58]\)"):
+            model.save_pretrained(tmp_path)
+        for layer in layers(model):
+            layer.beta, layer.damping = 0.9, 0.5
+        with pytest.warns(UserWarning, match=r"differ: damping=0\.0 \(run with 0\.5\)\."):
+            model.save_pretrained(tmp_path)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_defect, checkpoint_to_resume, last_whole_checkpoint
+from revdeq_hf.flops import training_flops
 
 SMALL = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2)
 ROWS = [{"input_ids": ids, "labels": ids} for ids in torch.randint(32, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()]
@@ -170,3 +171,15 @@ def test_a_full_disk_is_told_and_the_last_good_checkpoint_stays(tmp_path, limit)
     more = str(int(whole.name.rsplit("-")[-1]) + 4)
     subprocess.run([*command[:-1], more, str(whole)], check=True, capture_output=True, env=dict(os.environ))
     assert last_whole_checkpoint(tmp_path) == str(tmp_path / f"checkpoint-{more}")
+
+
+def test_operations_are_those_of_all_evaluations(tmp_path):
+    run = trainer(tmp_path, steps=2)
+    run.train()
+    expected = 2 * run.args.gradient_accumulation_steps * training_flops(run.model)
+    assert expected > 0
+    assert run.state.total_flos == expected
+    llama = LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=1))  # has no fixed point
+    stock = ResumableTrainer(llama, run.args, train_dataset=ROWS)
+    batch = {"input_ids": torch.zeros(4, 8)}
+    assert stock.floating_point_ops(batch) == Trainer.floating_point_ops(stock, batch) > 0

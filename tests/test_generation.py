@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import relative_error
 from test_language_model import IDS, small
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache, TorchAoConfig
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, TorchAoConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
@@ -273,6 +273,42 @@ def test_drafts_that_cannot_be_are_told():
         model.generate(IDS[:1], draft_max_steps=0)
     with pytest.raises(ValueError, match="batch_size = 1"):
         model.generate(IDS, draft_max_steps=1, pad_token_id=0, max_new_tokens=4)
+
+
+def assistants() -> dict[str, torch.nn.Module]:
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=67, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1))
+    return {"llama": llama.eval(), "revdeq": contractive(scale=2.0, beta=0.7, max_steps=2)}
+
+
+@pytest.mark.parametrize("kind", ["llama", "revdeq"])
+def test_an_assistant_keeps_its_own_steps(kind):
+    model, assistant = contractive(scale=2.0, beta=0.7, max_steps=3), assistants()[kind]
+    model.generation_config.num_assistant_tokens = 4
+    settings = dict(max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None, max_steps=7)
+    asked, solved = [], []
+    model.register_forward_pre_hook(lambda module, given, named: asked.append(named["max_steps"]), with_kwargs=True)
+    if kind == "revdeq":
+        assistant.model.solve.register_forward_hook(lambda module, given, out: solved.append(out.evaluations))
+    plain = model.generate(IDS[:1], **settings)
+    assert not torch.equal(plain, model.generate(IDS[:1], **{**settings, "max_steps": 2})), "the number of steps changes nothing here"
+    asked.clear()
+    assert torch.equal(model.generate(IDS[:1], assistant_model=assistant, output_solver_stats=True, **settings), plain)
+    assert set(asked) == {7}
+    assert set(solved) == ({2 * 2} if kind == "revdeq" else set())
+
+
+def test_continuous_batching_is_refused():
+    """Its paged cache files keys by layer: all evaluations of a solve would share one slot."""
+    model = contractive(max_steps=3)
+    prompts = [row.tolist() for row in IDS]
+    with pytest.raises(NotImplementedError, match=r"RevDEQForCausalLM.*Use generate with left-padded batches"):
+        model.generate_batch(prompts, max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="one slot for each layer"):
+        model.init_continuous_batching()
+    with pytest.raises(NotImplementedError, match="continuous_batching"), model.continuous_batching_context_manager():
+        pass
+    with pytest.raises(NotImplementedError, match="paged"):
+        model.generate(IDS, cache_implementation="paged", max_new_tokens=2)
 
 
 def test_a_cache_given_with_gradients_takes_the_stored_path():

@@ -242,6 +242,14 @@ def test_llamas_relatives():
     assert init_from(mistral).config.max_position_embeddings == 16  # up to there attention is the same
 
 
+def test_the_source_stays_in_the_modes_it_was_in():
+    source = llama().train()
+    source.model.layers[1].eval()
+    resting = set(source.model.layers[1].modules())
+    init_from(source)
+    assert all(module.training == (module not in resting) for module in source.modules())
+
+
 def test_the_command(tmp_path, capsys):
     source, target = tmp_path / "source", tmp_path / "target"
     llama().save_pretrained(source)

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +114,65 @@ def test_explicit_models_too_and_networks_without_matrices_are_told():
     images = RevDEQForImageClassification(RevDEQVisionConfig(hidden_sizes=[16], expansion_ratios=[1]))
     with pytest.raises(ValueError, match="needs linear layers to train, the model's body has none"):
         MuonAdamW(images, 1e-3, 1e-2)
+
+
+def test_a_group_that_is_added_later_is_trained_by_the_one_it_belongs_to():
+    model = looped(num_prelude_layers=1)
+    prelude = list(model.model.prelude.parameters())
+    for parameter in prelude:
+        parameter.requires_grad_(False)
+    optimizer = MuonAdamW(model, 1e-3, 1e-2, weight_decay=0.1)
+    update(model, optimizer, seed=0)
+    for parameter in prelude:
+        parameter.requires_grad_(True)
+    before = copy.deepcopy(prelude)
+    with pytest.raises(ValueError, match="add two groups"):
+        optimizer.add_param_group({"params": prelude})
+    optimizer.add_param_group({"params": [parameter for parameter in prelude if parameter.dim() > 1], "lr": 0.02})
+    optimizer.add_param_group({"params": [parameter for parameter in prelude if parameter.dim() == 1]})
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": prelude[:1]})
+    update(model, optimizer, seed=1)
+    assert not any(torch.equal(parameter, old) for parameter, old in zip(prelude, before, strict=True))
+    matrices, vectors = optimizer.param_groups[-2:]
+    assert optimizer.muon.param_groups == [optimizer.param_groups[0], matrices]
+    assert optimizer.adamw.param_groups == [*optimizer.param_groups[1:3], vectors]
+    assert [(group["lr"], group["weight_decay"]) for group in (matrices, vectors)] == [(0.02, 0.1), (1e-3, 0.0)]
+    twin, resumed = copy.deepcopy((model, optimizer))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for trained, by in ((model, optimizer), (twin, resumed)):
+        update(trained, by, seed=2)
+    assert same(model, twin)
+
+
+def test_a_group_that_sets_betas_is_adamws():
+    model = looped(num_prelude_layers=1)
+    model.model.prelude.requires_grad_(False)
+    optimizer = MuonAdamW(model, 1e-3, 1e-2, weight_decay=0.1)
+    model.model.prelude.requires_grad_(True)
+    optimizer.add_param_group({"params": model.model.prelude.parameters(), "betas": (0.8, 0.9)})
+    before = copy.deepcopy(model.model.prelude)
+    update(model, optimizer, seed=0)
+    assert len(optimizer.muon.param_groups) == 1
+    assert optimizer.adamw.param_groups[-1]["weight_decay"] == 0.1
+    assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), model.model.prelude.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+def test_a_copy_goes_on_by_itself(copied):
+    model = looped()
+    optimizer = MuonAdamW(model, 1e-3, 1e-2, weight_decay=0.1)
+    update(model, optimizer, seed=0)
+    twin, twins = copied((model, optimizer))
+    start = copy.deepcopy(model)
+    for seed in (1, 2):
+        update(twin, twins, seed=seed)
+    assert same(model, start)
+    for seed in (1, 2):
+        update(model, optimizer, seed=seed)
+    assert same(model, twin)
+    assert twins.muon.state is twins.adamw.state is twins.state
+    assert twins.param_groups[0] is twins.muon.param_groups[0]
 
 
 @pytest.mark.usefixtures("scripts")

@@ -24,7 +24,7 @@ from revdeq_hf import (
 from revdeq_hf.flops import training_flops
 from revdeq_hf.layer_revdeq import SolveStatistics
 from revdeq_hf.report import Run, main, plot_runs, read_run, summary
-from revdeq_hf.training import RevDEQCallback, greatest_drift
+from revdeq_hf.training import RevDEQCallback, greatest_drift, residual_curve
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_steps=3)
 ROWS = [{"input_ids": [(7 * i + j) % 64 for j in range(9)], "labels": [(7 * i + j) % 64 for j in range(9)]} for i in range(16)]
@@ -109,6 +109,22 @@ def test_where_nothing_is_reversed_there_is_no_drift(gradient, tmp_path):
     trainer = train(text_model(gradient=gradient), tmp_path, RevDEQCallback(peak_flops=0))
     assert all("drift" not in entry and entry["residual"] > 0 for entry in trainer.state.log_history if "loss" in entry)
     assert greatest_drift(trainer.state.log_history) is None
+
+
+def test_a_curve_of_residuals_leaves_every_module_in_its_mode():
+    model = RevDEQForImageClassification(RevDEQVisionConfig(hidden_sizes=[16], expansion_ratios=[1], max_steps=2)).train()
+    resting = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert resting
+    for module in resting:
+        module.eval()  # frozen, its statistics too
+    before = copy.deepcopy(model.state_dict())
+    (curve,) = residual_curve(model, {"pixel_values": torch.randn(2, 3, 8, 8)}, 3).values()
+    assert len(curve) == 3
+    assert all(module.training == (module not in resting) for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="channels"):
+        residual_curve(model, {"pixel_values": torch.randn(2, 4, 8, 8)}, 1)
+    assert all(module.training == (module not in resting) for module in model.modules())
 
 
 def test_tensorboard_has_the_figures(tmp_path):

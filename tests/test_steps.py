@@ -7,13 +7,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_block
 from torch import nn
 
 from revdeq_hf import ReversibleFixedPoint
-from revdeq_hf.steps_revdeq import check_steps_sampling, draw_steps
+from revdeq_hf.steps_revdeq import check_steps, check_steps_sampling, draw_steps
 
 UNIFORM = {"distribution": "uniform", "min_steps": 2, "max_steps": 5}
 
@@ -100,6 +101,24 @@ def test_ranks_draw_the_same_though_their_generators_differ():
     assert len(set(found)) == 1
 
 
+@pytest.mark.parametrize("number", [4, np.int64(4), np.uint8(4), torch.tensor(4), torch.tensor([4], dtype=torch.int32)], ids=repr)
+def test_a_whole_number_of_any_library_is_one(number):
+    assert type(check_steps(number)) is int
+    assert check_steps(number) == 4
+    block, x = make_block("attention")
+    assert ReversibleFixedPoint(block)(x, max_steps=number).steps.tolist() == [4] * 3
+
+
+@pytest.mark.parametrize(
+    "number",
+    [True, np.True_, torch.tensor(True), 4.0, np.float64(4), torch.tensor(4.0), torch.tensor([4, 5]), "4", None, np.int64(0)],
+    ids=repr,
+)
+def test_what_is_no_whole_number_of_steps_is_refused(number):
+    with pytest.raises(ValueError, match="max_steps must be a whole number from 1 to 100000, got "):
+        check_steps(number)
+
+
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
@@ -114,6 +133,7 @@ def test_ranks_draw_the_same_though_their_generators_differ():
         ({"distribution": "lognormal_poisson", "mean": 4, "sigma": -1}, "'sigma'"),
         ({"distribution": "choice", "steps": []}, "must be a list"),
         ({"distribution": "choice", "steps": [2, 0]}, "got 0"),
+        ({"distribution": "choice", "steps": [2, np.int64(3)]}, "must be a whole number"),  # a config's JSON could not hold it
         ({"distribution": "choice", "steps": [2, 3], "weights": [1]}, "'weights'"),
         ({"distribution": "choice", "steps": [2, 3], "weights": [0, 0]}, "'weights'"),
     ],
