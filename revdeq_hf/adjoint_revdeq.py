@@ -384,7 +384,8 @@ class _Reversible(torch.autograd.Function):
             """
             nonlocal argument_sums
             evaluation = kept.pop() if kept else evaluate_with_graph(evaluator, solve.values(still, phase), leaves)
-            ctx.certificate.refuse_hidden_inputs(evaluation, ctx.parameters)
+            if number == 2 * solve.taken - 1:  # the first one met: all are of one map
+                ctx.certificate.refuse_hidden_inputs(evaluation, ctx.parameters)
             inputs = [leaf for leaf, need in zip(evaluation.leaves, argument_needed, strict=True) if need]
             outputs, seeds = [], []
             with torch.enable_grad():
