@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -570,17 +571,16 @@ class _LabelledHead:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
-        inputs = dict(
-            attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds
-        )
-        outputs = super().forward(input_ids, **inputs, labels=labels, use_cache=use_cache, max_steps=max_steps, **kwargs)  # type: ignore[misc]
+        inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
+        inputs |= dict(inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, max_steps=max_steps, return_dict=True)
+        outputs = super().forward(input_ids, **inputs, **kwargs)  # type: ignore[misc]
         if labels is not None:
             outputs.loss = share_of_batch(outputs.loss, labels, num_items_in_batch)
         return self.output_class(**outputs, **_solver_figures(self, output_solver_stats))
 
 
 def _solver_figures(head, wanted: bool) -> dict[str, torch.Tensor]:
-    """Of the solve that has just been run."""
+    """Of the solve that has just been run, which the generic forward does not hand on; so not for one model called by several threads at once."""
     statistics = head.model.solve.statistics
     return {"solver_steps": statistics.steps, "solver_residual": statistics.residual} if wanted else {}
 
@@ -648,11 +648,11 @@ class RevDEQForQuestionAnswering(GenericForQuestionAnswering, RevDEQPreTrainedMo
         output_solver_stats: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQQuestionAnsweringOutput:
-        inputs = dict(
-            attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds
+        inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
+        inputs |= dict(
+            inputs_embeds=inputs_embeds, start_positions=start_positions, end_positions=end_positions, max_steps=max_steps, return_dict=True
         )
-        answers = dict(start_positions=start_positions, end_positions=end_positions)
-        outputs = super().forward(input_ids, **inputs, **answers, max_steps=max_steps, **kwargs)
+        outputs = super().forward(input_ids, **inputs, **kwargs)
         return RevDEQQuestionAnsweringOutput(**outputs, **_solver_figures(self, output_solver_stats))
 
 
