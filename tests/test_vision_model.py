@@ -374,7 +374,7 @@ def test_problem_types(given):
         ("regression", 1, number, lambda logits: (logits[:, 0] - number).square().mean()),
     ):
         model = small(num_labels=count, problem_type=problem if given else None)
-        out = model(IMAGES, labels=labels, num_items_in_batch=torch.tensor(2))  # as Trainer passes it: a batch of 2
+        out = model(IMAGES, labels=labels, num_items_in_batch=torch.tensor(labels.numel()))  # as Trainer counts them
         torch.testing.assert_close(out.loss, expected(out.logits))
         assert model.config.problem_type == problem
         out.loss.backward()
