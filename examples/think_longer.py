@@ -72,8 +72,14 @@ PROBLEMS = {
         test_damping=0.5,
         train_steps=(8, 24),
         flags=dict(
-            **dict(hidden_size=32, learning_rate=1.5e-3, adam_beta2=0.99, max_grad_norm=0.25, max_steps=6000),
-            **dict(label_weights=[1.0, 30.0], tiles=2, residual_weight=1.5),
+            hidden_size=32,
+            learning_rate=1.5e-3,
+            adam_beta2=0.99,
+            max_grad_norm=0.25,
+            max_steps=6000,
+            label_weights=[1.0, 30.0],
+            tiles=2,
+            residual_weight=1.5,
         ),
     ),
     "sudoku": Problem(

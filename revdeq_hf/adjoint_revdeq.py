@@ -528,7 +528,7 @@ def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[
         with evaluator.precision():
             return evaluator(state, arguments)
 
-    def call_again(state: State) -> State:
+    def recomputable(state: State) -> State:
         refuse_other_parameters(evaluator.block, parameters)
         return call(state)
 
@@ -536,7 +536,7 @@ def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[
         if number >= recompute_before:
             return call(state)
         contexts = lambda: (contextlib.nullcontext(), evaluator.replay())  # noqa: E731
-        return checkpoint(call_again, state, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(recomputable, state, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     return evaluate
 

@@ -136,7 +136,7 @@ class BundledModel:
         """What is saved is the configuration, and what has been run are the layers that were made from it."""
         differ = {}
         for module in self.modules():  # type: ignore[attr-defined]
-            if type(module).__name__ == "ReversibleFixedPoint":
+            if type(module).__name__ == "ReversibleFixedPoint":  # a configuration saved alone would take the class's files along
                 for name in SOLVER_SETTINGS:
                     saved, used = getattr(self.config, name), getattr(module, name)  # type: ignore[attr-defined]
                     if saved != used and not (name == "beta" and abs(saved - used) < 1e-6):  # a nearby fraction

@@ -71,9 +71,7 @@ def linear_cross_entropy(
     return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
 
 
-def share_of_batch(
-    loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None, ignore_index: int = -100
-) -> torch.Tensor:
+def share_of_batch(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
     """The part that a micro-batch has in the mean over all micro-batches of an update, whose sum is then that mean.
 
     Trainer counts the labels of an update, `num_items`, and divides nothing by the number of micro-batches where a model's forward takes them. The generic
@@ -81,17 +79,16 @@ def share_of_batch(
     gradient.
 
     Args:
-        loss: mean over the labels of the micro-batch that are not `ignore_index`.
+        loss: mean over the labels of the micro-batch that are not -100, 0-d.
         labels: of the micro-batch, of any shape.
         num_items: labels that count in all micro-batches; None: `loss` is returned as it is.
-        ignore_index: label that does not count.
 
     Returns:
         `loss * count / num_items`; 0 where no label of the micro-batch counts, of which the mean would be NaN.
     """
     if num_items is None:
         return loss
-    count = (labels != ignore_index).sum().to(loss.device)
+    count = (labels != -100).sum().to(loss.device)  # as Trainer counts
     total = num_items.to(loss.device) if isinstance(num_items, torch.Tensor) else num_items
     return torch.where(count > 0, loss * count / total, 0.0)
 

@@ -52,7 +52,15 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class RevDEQModelOutput(BaseModelOutputWithPast):
+class _SolverFigures:
+    """Fields of every output; before the class of transformers among the bases, so that they come after its own."""
+
+    solver_steps: torch.Tensor | None = None
+    solver_residual: torch.Tensor | None = None
+
+
+@dataclass
+class RevDEQModelOutput(_SolverFigures, BaseModelOutputWithPast):
     """`BaseModelOutputWithPast` and the figures of the solve.
 
     Args:
@@ -62,14 +70,12 @@ class RevDEQModelOutput(BaseModelOutputWithPast):
         step_residuals (`torch.FloatTensor` of shape `(steps begun, batch, seq)`): With `output_trajectory=True`, residuals at the start of each step.
     """
 
-    solver_steps: torch.Tensor | None = None
-    solver_residual: torch.Tensor | None = None
     trajectory: tuple[torch.Tensor, ...] | None = None
     step_residuals: torch.Tensor | None = None
 
 
 @dataclass
-class RevDEQCausalLMOutput(CausalLMOutputWithPast):
+class RevDEQCausalLMOutput(_SolverFigures, CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` and the figures of the solve, where `output_solver_stats=True` asked for them.
 
     Args:
@@ -77,32 +83,20 @@ class RevDEQCausalLMOutput(CausalLMOutputWithPast):
         solver_residual (`torch.FloatTensor` of shape `(batch, seq)`): Relative residual of each position, see `FixedPointSolution`.
     """
 
-    solver_steps: torch.Tensor | None = None
-    solver_residual: torch.Tensor | None = None
-
 
 @dataclass
-class RevDEQSequenceClassifierOutput(SequenceClassifierOutputWithPast):
+class RevDEQSequenceClassifierOutput(_SolverFigures, SequenceClassifierOutputWithPast):
     """`SequenceClassifierOutputWithPast` and the figures of the solve, see `RevDEQCausalLMOutput`."""
 
-    solver_steps: torch.Tensor | None = None
-    solver_residual: torch.Tensor | None = None
-
 
 @dataclass
-class RevDEQTokenClassifierOutput(TokenClassifierOutput):
+class RevDEQTokenClassifierOutput(_SolverFigures, TokenClassifierOutput):
     """`TokenClassifierOutput` and the figures of the solve, see `RevDEQCausalLMOutput`."""
 
-    solver_steps: torch.Tensor | None = None
-    solver_residual: torch.Tensor | None = None
-
 
 @dataclass
-class RevDEQQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+class RevDEQQuestionAnsweringOutput(_SolverFigures, QuestionAnsweringModelOutput):
     """`QuestionAnsweringModelOutput` and the figures of the solve, see `RevDEQCausalLMOutput`."""
-
-    solver_steps: torch.Tensor | None = None
-    solver_residual: torch.Tensor | None = None
 
 
 class RevDEQRotaryEmbedding(nn.Module):
@@ -188,9 +182,10 @@ class RevDEQPreTrainedModel(BundledModel, PreTrainedModel):
         other models.
         """
         super()._set_gradient_checkpointing(*args, **kwargs)
-        on = False
+        on, gradient = False, self.config.gradient
         for module in self.modules():
             if isinstance(module, ReversibleFixedPoint):
+                gradient = module.gradient
                 for layer in module.modules():
                     if isinstance(layer, RevDEQLayer):
                         on = on or layer.gradient_checkpointing
@@ -199,9 +194,9 @@ class RevDEQPreTrainedModel(BundledModel, PreTrainedModel):
             elif isinstance(module, RevDEQModel):
                 for layer in (*module.prelude, *module.coda):
                     layer._gradient_checkpointing_func = partial(_checkpoint_layer, layer._gradient_checkpointing_func)
-        if on and self.config.gradient != "backprop" and self.config.num_block_layers == 1:
+        if on and gradient != "backprop" and self.config.num_block_layers == 1:
             logger.warning_once(
-                f"activation checkpointing changes nothing for the fixed point: with gradient={self.config.gradient!r} its memory does not grow with "
+                f"activation checkpointing changes nothing for the fixed point: with gradient={gradient!r} its memory does not grow with "
                 "the number of steps already"
             )
 
@@ -571,6 +566,13 @@ class _LabelledHead:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
+        """As transformers' generic head, and
+
+        Args:
+            max_steps: steps of the solve, instead of `config.max_steps`.
+            output_solver_stats: whether to return `solver_steps` and `solver_residual`, (batch, seq), or (batch,) with `config.is_causal=False`.
+            num_items_in_batch: labels other than -100 in all micro-batches of an update, as Trainer counts them, see `share_of_batch`.
+        """
         inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
         inputs |= dict(inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, max_steps=max_steps, return_dict=True)
         outputs = super().forward(input_ids, **inputs, **kwargs)  # type: ignore[misc]
@@ -648,6 +650,7 @@ class RevDEQForQuestionAnswering(GenericForQuestionAnswering, RevDEQPreTrainedMo
         output_solver_stats: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQQuestionAnsweringOutput:
+        """As transformers' generic head, and `max_steps` and `output_solver_stats` as in the other heads."""
         inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
         inputs |= dict(
             inputs_embeds=inputs_embeds, start_positions=start_positions, end_positions=end_positions, max_steps=max_steps, return_dict=True

@@ -130,11 +130,12 @@ class RevDEQVisionPreTrainedModel(BundledModel, PreTrainedModel):
     def _set_gradient_checkpointing(self, *args, **kwargs) -> None:
         """Activation checkpointing: gradient="backprop" becomes "checkpoint" in training; in the other modes the memory of the solves is constant already."""
         super()._set_gradient_checkpointing(*args, **kwargs)
-        if self.config.gradient != "backprop":
-            logger.warning_once(
-                f"activation checkpointing changes nothing: with gradient={self.config.gradient!r} the memory of a solve does not grow with the number of "
-                "steps already"
-            )
+        for network in self.modules():
+            if isinstance(network, RevDEQVisionNetwork) and network.gradient_checkpointing and network.stages[0].gradient != "backprop":
+                logger.warning_once(
+                    f"activation checkpointing changes nothing: with gradient={network.stages[0].gradient!r} the memory of a solve does not grow with the "
+                    "number of steps already"
+                )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -402,7 +403,7 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
         loss = None
         if labels is not None:
             num_items = kwargs.pop("num_items_in_batch", None)
-            loss = share_of_batch(self.loss_function(labels, logits, self.config, **kwargs), labels, num_items, IGNORED_LABEL)
+            loss = share_of_batch(self.loss_function(labels, logits, self.config, **kwargs), labels, num_items)
         return RevDEQImageClassifierOutput(
             loss=loss,
             logits=logits,

@@ -158,6 +158,7 @@ def test_a_group_that_sets_betas_is_adamws():
     assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), model.model.prelude.parameters(), strict=True))
 
 
+# unpickled are bytes made a moment before, to see what torch.multiprocessing would hand on
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
 def test_a_copy_goes_on_by_itself(copied):
     model = looped()

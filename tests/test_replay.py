@@ -1,6 +1,8 @@
 """What a recomputation must find as it was: buffers, generators, parametrised and shared weights; and what it cannot work with."""
 
 import copy
+from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -308,3 +310,48 @@ def test_row_dims_are_checked():
         ReversibleFixedPoint(nn.Linear(2, 2), row_dims=3)
     with pytest.raises(ValueError, match=r"\(batch, positions, \.\.\.\)"):
         ReversibleFixedPoint(nn.Linear(2, 2), row_dims=2)(torch.randn(3))
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+@pytest.mark.parametrize("around_forward", [True, False])
+def test_the_backward_pass_has_the_autocast_of_the_forward_pass(gradient, around_forward):
+    """A layer in float32 inside a program in bfloat16 that calls backward() under its own autocast, and the other way round."""
+    block, x = make_block("attention")
+    layer = ReversibleFixedPoint(block, max_steps=8, drift_policy="raise")
+    results = []
+    for mode in (gradient, "backprop"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=around_forward):
+            loss = layer(x, gradient=mode).z.square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not around_forward):
+            results.append(torch.autograd.grad(loss, [x, *layer.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert layer.drift == 0
+
+
+class Pair(NamedTuple):
+    scale: torch.Tensor
+    name: str
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+def test_context_in_named_tuples_and_ordered_dicts_gets_gradients(gradient):
+    class Scaled(nn.Module):
+        def forward(self, z, x, pair, more):
+            assert pair.name == "a"
+            return 0.5 * torch.tanh(z * pair.scale + x * more["shift"])
+
+    layer = ReversibleFixedPoint(Scaled(), max_steps=4, gradient=gradient)
+    scale, shift = (torch.full((4,), value, requires_grad=True) for value in (0.7, 1.3))
+    layer(torch.randn(2, 4), Pair(scale, "a"), OrderedDict(shift=shift)).z.sum().backward()
+    assert scale.grad.abs().sum() > 0
+    assert shift.grad.abs().sum() > 0
+
+
+def test_a_hidden_input_is_told_in_every_solve():
+    """Not in the first one of a layer only: what a block uses may change, and it would get no gradient without a word."""
+    outside = torch.ones(4)
+    layer = ReversibleFixedPoint(Changes(lambda linear, z, x: torch.tanh(linear(z) + x) * outside), max_steps=2)
+    layer(torch.randn(2, 4)).z.sum().backward()
+    outside = torch.ones(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="neither one of its parameters nor one of its arguments"):
+        layer(torch.randn(2, 4)).z.sum().backward()

@@ -14,6 +14,7 @@ from revdeq_hf import (
     RevDEQVisionBackbone,
     RevDEQVisionConfig,
     RevDEQVisionModel,
+    modeling_revdeq_vision,
 )
 from revdeq_hf.training import LiveBytes
 
@@ -134,6 +135,18 @@ def test_activation_checkpointing_is_mapped_onto_the_gradient_mode(settings, gra
     after, found = kept_and_gradients()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert after == before if gradient == "reversible" else after < 0.8 * before
+
+
+def test_activation_checkpointing_says_when_it_has_nothing_to_do(monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_revdeq_vision.logger, "warning_once", said.append)
+    for gradient, count in (("backprop", 0), ("reversible", 1)):
+        model = make(RevDEQForImageClassification, SEVERAL, gradient=gradient)
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        assert len(said) == count
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        assert len(said) == count
+    assert "gradient='reversible'" in said[0]
 
 
 def test_every_class_takes_restarts():
