@@ -14,6 +14,7 @@ those of the tensors made in a step, parameters and inputs not counted. Competit
 - language: an update (AdamW) of the language model, and of transformers' Llama with 2N layers (as many evaluations) or 1 (as many parameters).
 - paper: an update (AdamW) of the paper's 94M language model, 32 x 448 tokens, and the share of the device's matrix rate that it reaches. Left out on the
   CPU, unless it is asked for, with `--batch` sequences of `--length` then.
+- paper_images: the same of the paper's multi-scale network for CIFAR-10, 128 images (on the CPU, if it is asked for, `--batch` of them).
 - images: an update (AdamW) of the image model, and of transformers' ResNet of as many evaluations or as many parameters on grids of the same sizes.
 - decode: a token with a cache of 64, and of the same Llamas; with int8 weights where torchao is installed (`pip install --no-deps torchao`).
 - decode_compiled: the same with a static cache, forward pass compiled to one program, as `generate(cache_implementation="static")` does on accelerators.
@@ -73,9 +74,11 @@ class Runs:
             measured: dict[str, Any] = dict(
                 against=against, ratio=middle, least=least, greatest=greatest, seconds=round(median(seconds), 5)
             )
+            known = (figures or {}).get(name, {})
             if operations:
-                measured["detail"] = f"{operations / measured['seconds']:.3f} of the matrix rate"
-            self.keep_row(section, shape, name, **{**(figures or {}).get(name, {}), **measured})
+                share = f"{operations / measured['seconds']:.3f} of the matrix rate"
+                measured["detail"] = f"{share}, {known['detail']}" if "detail" in known else share
+            self.keep_row(section, shape, name, **{**known, **measured})
 
     def wanted(self, ways: Ways, against: str) -> Ways:
         """Those that `--ways` asks for, and the one they are compared with."""
@@ -97,6 +100,11 @@ def installed(library: str, ways: str) -> bool:
 
 
 def peak_of(way: Callable[[], Any]) -> int:
+    if DEVICE == "cuda":  # its allocator counts what compiled programs take, too
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        return torch.cuda.max_memory_allocated() - before
     with LiveBytes() as memory:
         way()
     return memory.peak
@@ -264,28 +272,57 @@ def paper(runs: Runs) -> None:
     options = runs.options
     batch, length = (32, 448) if DEVICE == "cuda" else (options.batch, options.length)
     model: Any = RevDEQForCausalLM(RevDEQConfig.paper_wikitext103()).to(DEVICE).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ids = torch.randint(model.config.vocab_size, (batch, length), device=DEVICE)
-    programs = {"": model, ", compiled": torch.compile(model)}
+    share = training_flops(model) / matrix_rate(torch.device(DEVICE), torch.bfloat16 if options.bf16 else torch.float32)
+    shape = f"{batch}x{length}, N={model.config.max_steps}"
+    whole_model(runs, "paper", shape, model, dict(input_ids=ids, labels=ids, use_cache=False), operations=share)
 
-    def update(gradient: str, how: str) -> None:
-        model.model.solve.gradient = gradient
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=options.bf16):
-            loss = programs[how](ids, labels=ids, use_cache=False).loss
+
+def paper_images(runs: Runs) -> None:
+    batch = 128 if DEVICE == "cuda" else runs.options.batch
+    config = RevDEQVisionConfig.paper_cifar10_multiscale(hidden_sizes=[128, 256, 256, 128], expansion_ratios=[1, 3, 3, 1])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model: Any = RevDEQForImageClassification(config).to(DEVICE, memory_format=layout).train()
+        pixels = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=layout)
+        labels = torch.randint(10, (batch,), device=DEVICE)
+        shape = f"{batch} images, N={config.max_steps}, {str(layout).removeprefix('torch.')}"
+        whole_model(runs, "paper_images", shape, model, dict(pixel_values=pixels, labels=labels), all_kept=2 * config.max_steps)
+
+
+def whole_model(
+    runs: Runs, section: str, shape: str, model: Any, inputs: dict[str, Any], operations: float = 0.0, all_kept: int = 0
+) -> None:
+    """An update of a model by its gradient modes, uncompiled and compiled; `all_kept`: also with so many evaluations kept."""
+    torch._dynamo.reset()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    programs = {"": model, ", compiled": torch.compile(model)}
+    layers = [layer for _, layer in fixed_point_layers(model)]
+
+    def update(gradient: str, kept: int, how: str) -> None:
+        for layer in layers:
+            layer.gradient, layer.keep_evaluations = gradient, kept
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=runs.options.bf16):
+            loss = programs[how](**inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    update("reversible", "")  # makes the optimiser's state
-    ways: Ways = {f"{gradient}{how}": partial(update, gradient, how) for how in programs for gradient in ("reversible", "backprop")}
+    modes = {"reversible": ("reversible", 1), "backprop": ("backprop", 1)}
+    if all_kept:
+        modes[f"reversible, keep_evaluations={all_kept}"] = "reversible", all_kept
+    update("reversible", 1, "")  # makes the optimiser's state
+    ways: Ways = {name + how: partial(update, *mode, how) for how in programs for name, mode in modes.items()}
     figures: dict[str, dict[str, Any]] = {}
-    for name, way in ways.items():
+    for name, way in runs.wanted(ways, "backprop").items():
+        began = time.perf_counter()
         way()  # compiles
+        seconds = time.perf_counter() - began
         figures[name] = {"peak_bytes": peak_of(way)}
+        if name.endswith("compiled"):
+            figures[name]["detail"] = f"first update {seconds:.0f} s"
         if name.startswith("reversible"):
-            figures[name]["drift"] = model.model.solve.drift.item()
-    share = training_flops(model) / matrix_rate(torch.device(DEVICE), torch.bfloat16 if options.bf16 else torch.float32)
-    runs.add("paper", f"{batch}x{length}, N={model.config.max_steps}", ways, "backprop", figures, operations=share)
+            figures[name]["drift"] = max(layer.drift.item() for layer in layers)
+    runs.add(section, shape, ways, "backprop", figures, operations)
 
 
 def images(runs: Runs) -> None:
@@ -366,7 +403,8 @@ def decode(runs: Runs) -> None:
 def decode_compiled(runs: Runs) -> None:
     options, steps = runs.options, 4
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    candidates = {name: model.to(DEVICE, dtype).eval() for name, model in models(options, steps).items()}
+    asked: dict[str, Any] = runs.wanted(dict(models(options, steps)), f"Llama of {2 * steps} layers")
+    candidates = {name: model.to(DEVICE, dtype).eval() for name, model in asked.items()}
     mode = "default" if DEVICE == "cpu" else "reduce-overhead"  # with CUDA graphs, as transformers does
     for batch in (1, 32):
         ids = torch.randint(options.vocabulary, (batch, 64), device=DEVICE)
@@ -470,6 +508,7 @@ SECTIONS: dict[str, Callable[[Runs], None]] = {
     "step": step,
     "language": language,
     "paper": paper,
+    "paper_images": paper_images,
     "images": images,
     "decode": decode,
     "decode_compiled": decode_compiled,
@@ -559,7 +598,7 @@ def main(arguments: list[str] | None = None) -> None:
     summary, details = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", choices=list(SECTIONS), default=[name for name in SECTIONS if name != "paper" or DEVICE != "cpu"]
+        "--only", nargs="+", choices=list(SECTIONS), default=[name for name in SECTIONS if not name.startswith("paper") or DEVICE != "cpu"]
     )
     parser.add_argument("--ways", nargs="+", help="of the sections only these, and the one they are compared with; JAX is left out then")
     parser.add_argument("--bf16", action="store_true", help="the block under bfloat16 autocast, decoding with bfloat16 weights")

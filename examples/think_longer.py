@@ -321,7 +321,7 @@ def examine(
     for layer in layers:
         layer.tol = tol
     cells = problem.collate([rows[0]])["labels"].numel()
-    batch_size = max(1, min(100, 8192 // cells))
+    batch_size = max(1, min(100, (8192 if device.type == "cpu" else 2**20) // cells))
     parts = []
     for start in range(0, len(rows), batch_size):
         batch = problem.collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])

@@ -111,6 +111,9 @@ class ModelArguments:
     tol: float | None = field(default=None, metadata={"help": "Relative residual at which an example stops; always all steps by default."})
     gradient: str = field(default="reversible", metadata={"help": "Gradient mode: reversible, checkpoint or backprop."})
     keep_evaluations: int = field(default=1, metadata={"help": "Evaluations whose graphs are kept for the backward pass."})
+    compile_blocks: bool = field(
+        default=False, metadata={"help": "Compile each stage's block by itself, in a fraction of the time that --torch_compile takes."}
+    )
     depths: list[int] | None = field(default=None, metadata={"help": "resnet: layers of each stage; default: 2 each."})
     layer_type: str = field(default="basic", metadata={"help": "resnet: basic or bottleneck layers."})
     embedding_size: int | None = field(default=None, metadata={"help": "resnet: channels of the stem; default: those of the first stage."})
@@ -494,6 +497,14 @@ def main(arguments: list[str] | None = None) -> dict:
 
     if training.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if options.compile_blocks:
+        layers = fixed_point_layers(model)
+        if not layers:
+            raise ValueError(
+                f"--compile_blocks: a model of type {model.config.model_type!r} has no fixed points; take --torch_compile true"
+            )
+        for _, layer in layers:
+            layer.block.compile()
     augmentation = Augmentation(
         padding=data.crop_padding,
         flip=data.flip if data.flip is not None else mode == "RGB",

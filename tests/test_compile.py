@@ -16,6 +16,16 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]),
+    ]
+)
+def device(request):
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
@@ -38,12 +48,12 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16 autocast"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("how", ["block.compile()", "torch.compile(block)"])
-def test_a_compiled_block_is_reversed_exactly(how, dropout, precision):
+def test_a_compiled_block_is_reversed_exactly(how, dropout, precision, device):
     gradients = {}
     for mode in ("reversible", "backprop"):
         torch.manual_seed(0)
         dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        block, x = Chain(dropout).to(dtype), torch.randn(4, 32, 64, dtype=dtype, requires_grad=True)
+        block, x = Chain(dropout).to(device, dtype), torch.randn(4, 32, 64, dtype=dtype, device=device, requires_grad=True)
         if how == "block.compile()":
             block.compile()
             compiled = block
@@ -51,7 +61,7 @@ def test_a_compiled_block_is_reversed_exactly(how, dropout, precision):
             compiled = torch.compile(block)
         layer = ReversibleFixedPoint(compiled, beta=0.8, max_steps=5, gradient=mode, drift_policy="raise")
         torch.manual_seed(1)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision.endswith("autocast")):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision.endswith("autocast")):
             z = layer(x).z
         z.float().square().sum().backward()
         assert layer.drift == 0
@@ -60,11 +70,11 @@ def test_a_compiled_block_is_reversed_exactly(how, dropout, precision):
         assert relative_error(a.float(), b.float()) < (1e-5 if precision == "float32" else 5e-2)
 
 
-def test_a_whole_compiled_model_compiles_the_block_by_itself():
+def test_a_whole_compiled_model_compiles_the_block_by_itself(device):
     torch.manual_seed(0)
     config = RevDEQConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=3, drift_policy="raise")
-    model = awake(RevDEQForCausalLM(config))
-    ids = torch.randint(0, 64, (2, 16))
+    model = awake(RevDEQForCausalLM(config)).to(device)
+    ids = torch.randint(0, 64, (2, 16), device=device)
     expected = model(ids, labels=ids).loss
     got = torch.compile(model)(ids, labels=ids).loss
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -94,12 +104,12 @@ def test_a_compiled_solve_in_training_mode_keeps_to_one_dropout_mask():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("beta", [0.5, 0.8, 1.2])
-def test_arithmetic_compiled_to_one_kernel_gives_the_same_bits(beta, dtype):
+def test_arithmetic_compiled_to_one_kernel_gives_the_same_bits(beta, dtype, device):
     resolution = resolution_for(beta, dtype)
     torch.manual_seed(0)
-    start = torch.randn(5, 7, 13, dtype=dtype)
+    start = torch.randn(5, 7, 13, dtype=dtype, device=device)
     states = [ExactState.from_float(start, resolution, scratch=Scratch(fused=fused)) for fused in (False, True)]
-    active = torch.tensor([True, False, True, True, False])
+    active = torch.tensor([True, False, True, True, False], device=device)
     for phase in range(resolution.segment):
         f = 50 * torch.randn_like(start)
         f[0, 0, :5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e4, -3e4])
@@ -107,7 +117,7 @@ def test_arithmetic_compiled_to_one_kernel_gives_the_same_bits(beta, dtype):
             state.advance(f, phase, active if phase % 2 else None)
         assert torch.equal(states[0].integers, states[1].integers)
         assert torch.equal(*(state.value(phase + 1, dtype) for state in states))
-        rows = torch.arange(5) % (phase + 2)  # a phase for each row, as where rows stopped at different steps
+        rows = torch.arange(5, device=device) % (phase + 2)  # a phase for each row, as where rows stopped at different steps
         assert torch.equal(*(state.value(rows, dtype) for state in states))
     before = states[0].integers.clone()
     for state in states:
@@ -117,12 +127,12 @@ def test_arithmetic_compiled_to_one_kernel_gives_the_same_bits(beta, dtype):
 
 
 @pytest.mark.parametrize("tol", [None, 1e-2])
-def test_a_compiled_block_with_compiled_arithmetic_is_reversed_exactly(tol, monkeypatch):
+def test_a_compiled_block_with_compiled_arithmetic_is_reversed_exactly(tol, monkeypatch, device):
     torch.manual_seed(0)
-    block, x = Chain(0.0), torch.randn(4, 32, 64, requires_grad=True)
+    block, x = Chain(0.0).to(device), torch.randn(4, 32, 64, device=device, requires_grad=True)
     block.compile()
     found = []
-    for unfused in (("cpu",), ()):
+    for unfused in ((device,), ()):
         monkeypatch.setattr("revdeq_hf.adjoint_revdeq.UNFUSED_DEVICES", unfused)
         layer = ReversibleFixedPoint(block, beta=0.8, max_steps=30, tol=tol, drift_policy="raise")
         z = layer(x).z

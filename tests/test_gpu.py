@@ -1,11 +1,22 @@
 """The laws on an accelerator, in every precision it has. Skipped where there is none."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import awake
 from test_layer import run
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig
+from revdeq_hf import (
+    RevDEQConfig,
+    RevDEQForCausalLM,
+    RevDEQForImageClassification,
+    RevDEQForSemanticSegmentation,
+    RevDEQVisionConfig,
+    ReversibleFixedPoint,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -79,3 +90,112 @@ def test_channels_last_reaches_every_evaluation(gradient, block_type):
     assert len(seen) >= 2 * 6 * 2
     assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in seen)
     assert all(stage.drift == 0 for stage in model.model.stages)
+
+
+def updates(model, count, compiled=False, precision=torch.bfloat16, **inputs):
+    """Trains for some updates under autocast; returns the losses, and the greatest drift of each update."""
+    torch._dynamo.reset()
+    program = torch.compile(model) if compiled else model
+    layers = [module for module in model.modules() if isinstance(module, ReversibleFixedPoint)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    losses, drifts = [], []
+    for _ in range(count):
+        with torch.autocast("cuda", precision):
+            loss = program(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        drifts.append(max(layer.drift.item() for layer in layers))
+    return losses, drifts
+
+
+@pytest.fixture
+def _search():
+    """cuDNN looks for the fastest algorithm of each shape, which need not be a deterministic one."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    yield
+    torch.backends.cudnn.benchmark = before
+
+
+@pytest.mark.usefixtures("_search")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("block_type", ["paper", "modern"])
+def test_image_models_train_without_drift(block_type, layout, compiled):
+    torch.manual_seed(0)
+    sizes = dict(hidden_sizes=[32, 64], expansion_ratios=[2, 1], block_type=block_type)
+    model = RevDEQForImageClassification(RevDEQVisionConfig(max_steps=4, num_labels=5, **sizes)).cuda().to(memory_format=layout)
+    pixels = torch.randn(16, 3, 33, 31, device="cuda").contiguous(memory_format=layout)
+    losses, drifts = updates(model, 8, compiled, pixel_values=pixels, labels=torch.arange(16, device="cuda") % 5)
+    assert drifts == [0.0] * 8
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("steps", [4, 30])
+def test_dense_prediction_trains_without_drift(steps, compiled):
+    torch.manual_seed(0)
+    config = RevDEQVisionConfig.dense_prediction(
+        num_channels=3, num_labels=2, hidden_sizes=[32], max_steps=steps, path_noise=0.1, initial_scale=1.0, damping=0.3
+    )
+    model = RevDEQForSemanticSegmentation(config).cuda()
+    grids = torch.randn(8, 3, 19, 19, device="cuda")
+    losses, drifts = updates(model, 8, compiled, pixel_values=grids, labels=(grids[:, 0] > 0).long())
+    assert drifts == [0.0] * 8
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], ids=str)
+def test_language_models_train_without_drift(backend, precision, compiled):
+    torch.manual_seed(0)
+    config = RevDEQConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_attention_heads=2, max_steps=6, beta=0.8, dropout=0.1)
+    model = awake(RevDEQForCausalLM(config)).cuda()
+    ids = torch.randint(0, 512, (4, 129), device="cuda")
+    with sdpa_kernel(backend):
+        losses, drifts = updates(model, 8, compiled, precision, input_ids=ids, labels=ids)
+    assert drifts == [0.0] * 8
+    assert losses[-1] < losses[0]
+
+
+class Unrepeatable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.calls = 0
+
+    def forward(self, z, x):
+        self.calls += 1
+        return torch.tanh(self.weight * z + x + 0.01 * self.calls)
+
+
+def test_drift_is_told_by_a_later_pass_without_the_host_waiting():
+    layer = ReversibleFixedPoint(Unrepeatable().cuda(), max_steps=4)
+    x = torch.randn(4, 8, device="cuda", requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x).z.sum().backward()
+    torch.cuda.synchronize()
+    with pytest.warns(UserWarning, match="drift"):
+        layer(x)
+    assert layer.drift > 0
+
+
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_training_waits_for_nothing(cudnn):
+    """No operation of a training step makes the host wait for the device."""
+    config = RevDEQConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_attention_heads=2, max_steps=30, beta=0.8)
+    model = awake(RevDEQForCausalLM(config)).cuda()
+    ids = torch.randint(0, 512, (4, 65), device="cuda")
+    images = RevDEQForImageClassification(RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[1, 1], num_labels=5)).cuda()
+    pixels, labels = torch.randn(8, 3, 16, 16, device="cuda"), torch.arange(8, device="cuda") % 5
+    for turn in range(2):
+        torch.cuda.set_sync_debug_mode("error" if turn else "default")  # the first turn makes tables and plans
+        try:
+            with torch.backends.cudnn.flags(enabled=cudnn), torch.autocast("cuda", torch.bfloat16):
+                language, picture = model(ids, labels=ids).loss, images(pixels, labels=labels).loss
+            (language + picture).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
