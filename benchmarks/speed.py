@@ -26,6 +26,7 @@ those of the tensors made in a step, parameters and inputs not counted. Competit
 import argparse
 import copy
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -184,7 +185,7 @@ def step(runs: Runs) -> None:
                 figures[name]["drift"] = float(f"{FloatReversal.drift:.1e}")
         clean()
         timed: Ways = {name: partial(train, way) for name, way in ways.items()}
-        if DEVICE == "cpu" and not options.ways and installed("jax", "JAX"):
+        if not options.ways and installed("jax", "JAX"):
             timed |= jax_ways(block, x, rotary, beta, steps, options.bf16)
         runs.add("step", f"{batch}x{length}x{width}, N={steps}, beta={beta}", timed, "backprop", figures)
     for steps in options.memory_steps:  # memory alone, at depths that backpropagation does not reach
@@ -199,6 +200,7 @@ def step(runs: Runs) -> None:
 
 def jax_ways(block: Any, x: torch.Tensor, rotary: Any, beta: float, steps: int, bf16: bool) -> Ways:
     """Compiled by its own compiler, which is not timed."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else it takes most of an accelerator's memory
     import jax
     import jax_twin
 
@@ -286,7 +288,7 @@ def paper_images(runs: Runs) -> None:
         pixels = torch.randn(batch, 3, 32, 32, device=DEVICE).contiguous(memory_format=layout)
         labels = torch.randint(10, (batch,), device=DEVICE)
         shape = f"{batch} images, N={config.max_steps}, {str(layout).removeprefix('torch.')}"
-        whole_model(runs, "paper_images", shape, model, dict(pixel_values=pixels, labels=labels), all_kept=2 * config.max_steps)
+        whole_model(runs, "paper_images", shape, model, dict(pixel_values=pixels, labels=labels), all_kept=2 * config.steps_per_stage[0])
 
 
 def whole_model(
@@ -307,7 +309,7 @@ def whole_model(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    modes = {"reversible": ("reversible", 1), "backprop": ("backprop", 1)}
+    modes: dict[str, tuple[str, int]] = {"reversible": ("reversible", 1), "backprop": ("backprop", 1)}
     if all_kept:
         modes[f"reversible, keep_evaluations={all_kept}"] = "reversible", all_kept
     update("reversible", 1, "")  # makes the optimiser's state
