@@ -115,7 +115,7 @@ def collate_words(rows: list[dict[str, Any]]) -> Batch:
     batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
     places = torch.arange(batch["labels"].shape[1])
     before = places[:, None] - places
-    return batch | {"attention_mask": ((before >= 0) & (before < SEEN)).expand(len(rows), 1, -1, -1)}
+    return batch | {"attention_mask": ((before >= 0) & (before < SEEN)).repeat(len(rows), 1, 1, 1)}  # a view could not be pinned
 
 
 # --- mazes ---
@@ -333,7 +333,7 @@ def collate_sudoku(rows: list[dict[str, Any]]) -> Batch:
         sees[cell, list(others)] = True
     return {
         "input_ids": 10 * torch.arange(81) + digits,
-        "attention_mask": sees.expand(len(rows), 1, 81, 81),
+        "attention_mask": sees.repeat(len(rows), 1, 1, 1),  # a view could not be pinned
         "position_ids": torch.zeros_like(digits),
         "labels": torch.tensor([row["labels"] for row in rows]),
     }

@@ -106,6 +106,11 @@ def check_slots(cache: Cache, slots: int, max_steps: int, kv_cache: str) -> None
             "with another number of steps, or for another model; use the same max_steps as before, or start with a new cache"
         )
     if kv_cache == "shared":
+        if getattr(cache, "offloading", False):
+            raise ValueError(
+                "kv_cache='shared' visits the same slots at every evaluation, which an offloaded cache moves away after one visit; the shared cache is small, "
+                "so keep it on the device (a dynamic or static cache without offloading), or use kv_cache='per_evaluation'"
+            )
         kinds = {type(layer) for layer in layers} | ({cache.layer_class_to_replicate} if lazy else set())
         for kind in kinds - {DynamicLayer, StaticLayer}:  # quantized layers inherit a crop that does not reach what is quantized
             raise ValueError(

@@ -65,6 +65,24 @@ def set_generator_states(states: list[torch.Tensor], device: torch.device) -> No
         torch.get_device_module(device).set_rng_state(states[1], device)
 
 
+@contextlib.contextmanager
+def same_convolutions(device: torch.device) -> Iterator[None]:
+    """Convolutions by an algorithm that depends on their shapes alone and repeats its bits.
+
+    With `torch.backends.cudnn.benchmark` each thread measures for itself which one is fastest, and the backward pass is another thread.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
 @torch.no_grad()
 def set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
     """Copies the second tensor of each pair into the first."""
@@ -142,13 +160,15 @@ class Evaluator:
             if self.random:
                 set_generator_states(self._generators, self.device)
             set_buffers(self._changed)
-            return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
+            with same_convolutions(self.device):
+                return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
         self._generators = generator_states(self.device)
         buffers = [b for m in self.block.modules() if m.training for b in m._buffers.values() if b is not None and not b.is_inference()]
         self._changed = [(buffer, buffer.clone()) for buffer in buffers]
         inputs = [t for t in (*state, *tensors) if not t.is_inference()]
         versions = [t._version for t in (*buffers, *inputs)]
-        out = self.block(z, x, *context, **kwargs)
+        with same_convolutions(self.device):
+            out = self.block(z, x, *context, **kwargs)
         moved = [t._version != version for t, version in zip((*buffers, *inputs), versions, strict=True)]
         self._changed = [pair for pair, change in zip(self._changed, moved, strict=False) if change]
         self.random = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))

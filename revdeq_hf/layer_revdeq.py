@@ -444,7 +444,8 @@ class ReversibleFixedPoint(nn.Module):
 
     def _traceable(self, max_steps: int | None) -> bool:
         """Whether a compiled caller gets the solve as part of its own program, which is written out evaluation by evaluation."""
-        if torch.compiler.is_exporting():
+        # a trace by torch.compile takes is_exporting() for True in torch 2.11, whoever asks for it; torch.export does without that trace
+        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
             return True
         if torch.is_grad_enabled() or any(module.training for module in self.block.modules()):  # dropout: one mask for all evaluations
             return False

@@ -314,7 +314,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             past_key_values=given,  # not a new one: with it, packed sequences would not be told apart, as they are in training
-            position_ids=positions,
+            position_ids=position_ids,  # only given ones can be of packed sequences, for which the host would wait
         )
         if self.config.block_type == "paper":
             hidden_states = embeds + self._embed_positions(positions)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import awake, make_block, relative_error
+from conftest import awake, make_block
 from torch import nn
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, ReversibleFixedPoint
@@ -66,8 +66,9 @@ def test_a_compiled_block_is_reversed_exactly(how, dropout, precision, device):
         z.float().square().sum().backward()
         assert layer.drift == 0
         gradients[mode] = [x.grad, *(p.grad for p in block.parameters())]
+    size = max(b.float().norm() for b in gradients["backprop"])  # some are zero but for rounding
     for a, b in zip(*gradients.values(), strict=True):
-        assert relative_error(a.float(), b.float()) < (1e-5 if precision == "float32" else 5e-2)
+        assert (a.float() - b.float()).norm() < (1e-5 if precision == "float32" else 5e-2) * max(b.float().norm(), 1e-3 * size)
 
 
 def test_a_whole_compiled_model_compiles_the_block_by_itself(device):

@@ -207,6 +207,10 @@ def test_a_shared_cache_refuses_layers_whose_last_tokens_it_cannot_take_back():
 
     with pytest.raises(ValueError, match="Quantized does not allow"), torch.no_grad():
         contractive(kv_cache="shared")(IDS, past_key_values=Cache(layers=[Quantized()]))
+    offloaded = DynamicCache()
+    offloaded.offloading = True
+    with pytest.raises(ValueError, match="offloaded cache moves away"), torch.no_grad():
+        contractive(kv_cache="shared")(IDS, past_key_values=offloaded)
 
 
 def test_with_tol_a_shared_cache_keeps_the_last_evaluation_whichever_it_was():
