@@ -9,7 +9,7 @@
 
 A recipe is a YAML file in `recipes/`: `script`, `arguments` that all variants share, `variants` with what differs. Flags that are not known here go to the
 script and win over the recipe's; a source of data among them (--dataset_name, --train_file, --train_dir, ...) replaces the recipe's source. `--dry_run`
-prints the commands, which can be run by themselves. On a CPU `bf16` and `torch_compile` are left out. Models and logs go to `runs/recipes`, results to
+prints the commands, which can be run by themselves. On a CPU `bf16`, `torch_compile` and `compile_blocks` are left out. Models and logs go to `runs/recipes`, results to
 `recipes/results/RECIPE/VARIANT-seedN.json`. An interrupted training goes on where its last checkpoint is.
 """
 
@@ -50,7 +50,7 @@ MEASURED_DATA = (
 )
 OF_THE_SOURCE = ("tokenizer_name", "text_column", "image_column", "label_column")  # what makes no sense with other data
 # left out on a CPU, where half precision is emulated and compiling takes longer than a smoke run
-FOR_ACCELERATORS = ("bf16", "torch_compile")
+FOR_ACCELERATORS = ("bf16", "torch_compile", "compile_blocks")
 OF_EXAMPLES = ("residuals", "right", "steps_taken", "difficulty")  # lists of think_longer.py with an entry for each problem
 CURVE_POINTS = 40  # of the training loss that a results file keeps
 

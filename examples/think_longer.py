@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from problems import collate, collate_mosaic, collate_sudoku, collate_words, contradicting, guises, mazes, permutations, prefix_sums, sudoku
+from time_limit import MAX_MINUTES, TimedTrainer, check_minutes
 from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, LlamaConfig, LlamaForTokenClassification, TrainingArguments, set_seed
 
 from revdeq_hf import RevDEQConfig, RevDEQForSemanticSegmentation, RevDEQForTokenClassification, RevDEQVisionConfig
 from revdeq_hf.block_revdeq import RevDEQPositionNorm
-from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.checkpoints import checkpoint_to_resume
 from revdeq_hf.layer_revdeq import SOLVER_ARGUMENTS, fixed_point_layers
 from revdeq_hf.optimizers import muon_adamw
 from revdeq_hf.training import RevDEQCallback, greatest_drift, peak_memory, run_record
@@ -199,12 +200,17 @@ class ThinkingArguments(TrainingArguments):
     save_steps: float = field(default=500, metadata={"help": "Updates between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Keep False: the collator takes what it needs."})
+    max_minutes: float | None = field(default=None, metadata={"help": MAX_MINUTES})
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
             "help": "Peak learning rate of Muon for the matrices; AdamW has the rest. 0: AdamW alone; default: so, but for permutations."
         },
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_minutes(self.max_minutes)
 
 
 class Stack(nn.Module):
@@ -265,7 +271,7 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
     return RevDEQForSemanticSegmentation(config)
 
 
-class ThinkingTrainer(ResumableTrainer):
+class ThinkingTrainer(TimedTrainer):
     """Trains with a loss of its own, where weights are given.
 
     Args:
@@ -301,7 +307,7 @@ class ThinkingTrainer(ResumableTrainer):
             del self.solve  # with it the graph would live until the next batch
             f = block(z, *args, **context)
             away, size = ((part.flatten(1).float() ** 2).sum(1) for part in (f - z, f))
-            loss = loss + self.residual_weight * self.state.global_step / self.state.max_steps * (away / size).mean()
+            loss = loss + self.residual_weight * self.share * (away / size).mean()
         return (loss, outputs) if return_outputs else loss
 
 

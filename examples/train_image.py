@@ -38,7 +38,6 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from accelerate.utils import broadcast
 from image_augmentation import Augmentation, soft_cross_entropy
 from image_data import (
     KEPT_BYTES,
@@ -56,6 +55,7 @@ from image_data import (
 from image_report import plot_evaluation, plot_fixed_point, probabilities, scores
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from time_limit import MAX_MINUTES, TimedTrainer, check_minutes
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -69,10 +69,9 @@ from transformers import (
     ViTImageProcessorPil,
     set_seed,
 )
-from transformers.trainer_callback import ExportableState
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
-from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_to_resume
+from revdeq_hf.checkpoints import checkpoint_to_resume
 from revdeq_hf.model_card import weight_hashes
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
@@ -148,13 +147,7 @@ class ImageTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "One-cycle schedule (torch's OneCycleLR) with its peak at the end of the warm-up, instead of lr_scheduler_type."},
     )
-    max_minutes: float | None = field(
-        default=None,
-        metadata={
-            "help": "Stop training after so many minutes, evaluations and checkpoints on the way included. The learning rate follows the share "
-            "of the minutes or of the updates that is past, whichever is greater, so it has come to its end in either case."
-        },
-    )
+    max_minutes: float | None = field(default=None, metadata={"help": MAX_MINUTES})
     ema_decay: float | None = field(
         default=None,
         metadata={
@@ -169,8 +162,7 @@ class ImageTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"--max_minutes must be positive, got {self.max_minutes}")
+        check_minutes(self.max_minutes)
 
 
 # --- model ---
@@ -314,33 +306,6 @@ class AveragedWeights(TrainerCallback):
         self.averaged.load_state_dict(load_file(path))
 
 
-class TimeLimit(TrainerCallback, ExportableState):
-    """Stops training after some minutes, those before an interruption included; rank 0's clock counts."""
-
-    def __init__(self, minutes: float) -> None:
-        self.minutes, self.seconds = minutes, 0.0
-
-    @property
-    def share(self) -> float:
-        return self.seconds / (60 * self.minutes)
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        # a checkpoint written without a limit knows of none
-        self.seconds = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]["seconds"]
-        self.began = time.perf_counter() - self.seconds
-
-    def on_optimizer_step(self, args, state, control, **kwargs) -> None:  # before the scheduler's step
-        clock = torch.tensor(time.perf_counter() - self.began, device=args.device)
-        self.seconds = float(broadcast(clock))
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.share >= 1:
-            control.should_training_stop = True
-
-    def state(self) -> dict:
-        return {"args": {"minutes": self.minutes}, "attributes": {"seconds": self.seconds}}
-
-
 def one_cycle(update: int, warmup: int, updates: int) -> float:
     """The learning rate of update 0, 1, ..., `updates - 1`, as a part of the peak: OneCycleLR's with its default factors and `warmup / updates` as `pct_start`.
 
@@ -354,8 +319,8 @@ def one_cycle(update: int, warmup: int, updates: int) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
 
 
-class ImageTrainer(ResumableTrainer):
-    """Trainer whose training batches alone are augmented, with soft labels, averaged weights, a time limit and the schedule that follows it."""
+class ImageTrainer(TimedTrainer):
+    """Trainer whose training batches alone are augmented, with soft labels, averaged weights and a time limit."""
 
     data_collator: Any
     lr_scheduler: Any
@@ -365,10 +330,8 @@ class ImageTrainer(ResumableTrainer):
         self.label_smoother = None  # the collator smooths; the evaluation's loss stays plain
         self.train_collator = train_collator
         self.average = None if self.args.ema_decay is None else AveragedWeights(self.model, self.args.ema_decay)
-        self.limit = None if self.args.max_minutes is None else TimeLimit(self.args.max_minutes)
-        for callback in (self.average, self.limit):
-            if callback is not None:
-                self.add_callback(callback)
+        if self.average is not None:
+            self.add_callback(self.average)
         if self.average is not None and self.is_fsdp_enabled:
             raise ValueError("--ema_decay averages whole weights, which FSDP does not keep in one place; use DDP or leave the flag out")
 
@@ -393,17 +356,7 @@ class ImageTrainer(ResumableTrainer):
         if self.lr_scheduler is None and self.args.one_cycle:
             warmup = self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, partial(one_cycle, warmup=warmup, updates=num_training_steps))
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
-        limit = self.limit
-        if limit is not None:
-            if not isinstance(scheduler, LambdaLR):
-                raise ValueError(f"--max_minutes needs a schedule that depends on the update alone, got {self.args.lr_scheduler_type}")
-
-            def follow(schedule):
-                return lambda update: schedule(max(update, int(min(limit.share, 1.0) * num_training_steps)))
-
-            scheduler.lr_lambdas = [follow(schedule) for schedule in scheduler.lr_lambdas]
-        return scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         if self.average is not None and resume_from_checkpoint:
@@ -504,7 +457,7 @@ def main(arguments: list[str] | None = None) -> dict:
                 f"--compile_blocks: a model of type {model.config.model_type!r} has no fixed points; take --torch_compile true"
             )
         for _, layer in layers:
-            layer.block.compile()
+            layer.compile()
     augmentation = Augmentation(
         padding=data.crop_padding,
         flip=data.flip if data.flip is not None else mode == "RGB",

@@ -2,6 +2,8 @@
 """Calls of the block that give the same bits whenever they are repeated, with or without a graph."""
 
 import contextlib
+import itertools
+import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -102,6 +104,49 @@ def memory_format(tensor: torch.Tensor, block: nn.Module) -> torch.memory_format
         if tensor.dim() == dims and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=form):
             return form
     return torch.contiguous_format
+
+
+class CompiledBlock(nn.Module):
+    """A block compiled for one layer: every call of a shape runs the same program, whatever is called in between.
+
+    torch.compile by itself does not promise that. It keeps programs by the code they were made of, which all blocks of a class share, takes the one used last
+    of those that fit, and from the second shape on makes programs for any shape: a backward pass could then meet another one than its forward pass, which
+    rounds otherwise. Here the shape that came first has a program of its own, all others one for any shape, both of code that nobody shares.
+
+    Args:
+        block: the layer's.
+        settings: of torch.compile; with `dynamic` all shapes share what it makes.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, block: nn.Module, **settings: Any) -> None:
+        super().__init__()
+        self._orig_mod = block  # the name by which torch's own compiled modules are known
+        self.settings = settings
+        self.channels_last_on_cpu = getattr(block, "channels_last_on_cpu", False)
+        self._programs: dict[tuple, Callable] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies compile anew: programs hold on to the block they were made of."""
+        return {**self.__dict__, "_programs": {}}
+
+    def forward(self, z: Any, x: Any, *context: Any, **kwargs: Any) -> Any:
+        shape = tuple(tuple(part.shape) for part in (z if isinstance(z, tuple) else (z,)))
+        if self.settings.get("dynamic") is not None or (self._programs and shape not in self._programs):
+            shape = ()
+        if shape not in self._programs:
+            self._programs[shape] = torch.compile(self._own_code(), **{"dynamic": not shape, **self.settings})
+        return self._programs[shape](z, x, *context, **kwargs)
+
+    def _own_code(self) -> Callable:
+        block = self._orig_mod
+
+        def evaluate(z: Any, x: Any, *context: Any, **kwargs: Any) -> Any:
+            return block(z, x, *context, **kwargs)
+
+        code = evaluate.__code__.replace(co_name=f"evaluate_{next(self._numbers)}")
+        return types.FunctionType(code, evaluate.__globals__, code.co_name, closure=evaluate.__closure__)
 
 
 class Evaluator:

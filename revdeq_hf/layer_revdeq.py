@@ -20,7 +20,7 @@ from .adjoint_revdeq import (
     solve_stored,
     trainable_parameters,
 )
-from .evaluator_revdeq import Evaluation, Evaluator, State
+from .evaluator_revdeq import CompiledBlock, Evaluation, Evaluator, State
 from .fixed_point_solvers_revdeq import DIFFERENTIABLE_SOLVERS, FLOAT_SOLVERS
 from .implicit_revdeq import Approximation, attach_implicit, attach_phantom, solve_float, unflatten
 from .solver_revdeq import per_row, rational_beta
@@ -201,8 +201,8 @@ class Certificate:
             f"the reversible backward pass did not reconstruct its start state: drift {drift:.3g}, expected 0. The gradients of this pass "
             "are wrong, because the block did not give the same result twice for the same input. Likely causes: a nondeterministic kernel "
             "(see torch.use_deterministic_algorithms), random numbers from outside torch's default generators, a module that changes its own "
-            "buffers (spectral norm, running statistics), parameters changed between the passes, a block compiled differently with and without "
-            "gradients, or kernels chosen for one of the passes only (torch.nn.attention.sdpa_kernel, deterministic algorithms). "
+            "buffers (spectral norm, running statistics), parameters changed between the passes, a block compiled otherwise than by layer.compile(), "
+            "which met another program, or kernels chosen for one of the passes only (torch.nn.attention.sdpa_kernel, deterministic algorithms). "
             "gradient='checkpoint' tolerates small differences"
         )
         if self.policy == "raise":
@@ -229,10 +229,10 @@ class ReversibleFixedPoint(nn.Module):
             autocast any floating dtype). Examples are the entries of the first dimension and must not influence each other.
             The same call must give the same result: torch's generators, autocast and the buffers that modules in training mode change (spectral
             norm) are replayed, so that all evaluations of a solve use the same dropout mask and the same buffers; BatchNorm in training mode is refused.
-            Forward hooks fire at every evaluation, also at those of the backward pass. A compiled block (`block.compile()`, or `torch.compile` of
-            the whole model, which compiles the block by itself) runs the same program in both passes. Where no gradient is wanted, `torch.compile` of
-            the whole model in eval mode takes in the solve, written out, if it has a fixed number of at most 32 steps; `statistics` are kept, warnings are
-            not given.
+            Forward hooks fire at every evaluation, also at those of the backward pass. To compile it call `layer.compile()`, or `torch.compile` of
+            the whole model, which does that: both passes run the same program (torch's own `block.compile()` does not promise it, where shapes change
+            or several layers have blocks of one class). Where no gradient is wanted, `torch.compile` of the whole model in eval mode takes in the
+            solve, written out, if it has a fixed number of at most 32 steps; `statistics` are kept, warnings are not given.
         beta: relaxation in (0, 2), not 1. Taken to the nearest fraction of a denominator up to 1000, with a warning where
             that differs; `layer.beta` is the value in use. Converges for beta < 2 / (1 + k) if the block is k-Lipschitz in z, k < 1.
         max_steps: N >= 1; a step is two evaluations of the block.
@@ -347,7 +347,8 @@ class ReversibleFixedPoint(nn.Module):
             raise ValueError(f"adjoint_tol must be a finite number >= 0, got {adjoint_tol!r}")
         self._approximation = Approximation(solver, self.beta, solver_memory, adjoint_tol, adjoint_max_steps, phantom_steps)
         self.statistics: SolveStatistics | None = None
-        self._compiled_block: list[Any] | None = None
+        self._compiled_block: list[CompiledBlock] = []  # in a list, which does not make it a submodule
+        self._compiled = False
         self._certificate = Certificate(drift_policy)
 
     @property
@@ -414,7 +415,10 @@ class ReversibleFixedPoint(nn.Module):
             check_path_settings(self.damping, self.initial_scale, self.path_noise, num_restarts, self.solver)
         restarts = self.num_restarts if num_restarts is None else num_restarts
         settings = (x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs)
-        solve = self._solve_apart if torch.compiler.is_compiling() and not self._traceable(max_steps) else self._solve
+        if torch.compiler.is_compiling():
+            solve = self._solve if self._traceable(max_steps) else self._solve_apart
+        else:
+            solve = self._solve_apart if self._compiled else self._solve
         if z0 is not None or not self.initial_scale:
             return solve(z0, *settings)
         _check_state(x, "x", self.row_dims)
@@ -442,6 +446,14 @@ class ReversibleFixedPoint(nn.Module):
         with torch.no_grad():
             return tuple(map(draw, x)) if isinstance(x, tuple) else draw(x)
 
+    def compile(self, **settings: Any) -> None:
+        """Compiles the block by itself, so that both passes run the same program: the first shape gets one of its own, all others share one for any shape.
+
+        Args:
+            settings: of `torch.compile`, such as `mode` and `backend`. With `dynamic` one program serves all shapes (True), or each has its own (False).
+        """
+        self._compiled_block, self._compiled = [CompiledBlock(self.block, **settings)], True
+
     def _traceable(self, max_steps: int | None) -> bool:
         """Whether a compiled caller gets the solve as part of its own program, which is written out evaluation by evaluation."""
         # a trace by torch.compile takes is_exporting() for True in torch 2.11, whoever asks for it; torch.export does without that trace
@@ -458,8 +470,8 @@ class ReversibleFixedPoint(nn.Module):
         settings = (z0, x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs)
         if any(hasattr(value, "next_evaluation") for value in block_kwargs.values()):
             return self._solve(*settings)  # a cache with slots for each evaluation, which would be a program of its own each
-        if self._compiled_block is None:
-            self._compiled_block = [torch.compile(self.block)]  # in a list, which does not make it a submodule
+        if not self._compiled_block:
+            self._compiled_block = [CompiledBlock(self.block)]
         return self._solve(*settings, block=self._compiled_block[0])
 
     def _solve(

@@ -81,7 +81,7 @@ def test_a_whole_compiled_model_compiles_the_block_by_itself(device):
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     got.backward()
     assert model.model.solve.drift == 0
-    assert model.model.solve._compiled_block is not None
+    assert model.model.solve._compiled_block
     assert not any("_orig_mod" in name for name in model.state_dict())
 
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_written_out_compiles_the_block_by_itself(settings):
         expected = layer(x)
         found = torch.compile(layer, backend="aot_eager")(x)
     torch.testing.assert_close(found.z, expected.z, rtol=0, atol=1e-5)
-    assert layer._compiled_block is not None
+    assert layer._compiled_block
 
 
 def test_a_compiled_solve_in_training_mode_keeps_to_one_dropout_mask():

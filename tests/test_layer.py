@@ -670,7 +670,7 @@ def test_without_gradients_a_compiled_caller_takes_in_the_whole_solve(kind):
         assert b[1].isnan().all()
     for name in ("steps", "residual", "evaluations", "clamped", "nonfinite"):
         assert str(getattr(found, name)) == str(getattr(expected, name)) == str(getattr(layer.statistics, name))
-    assert layer._compiled_block is None
+    assert not layer._compiled_block
 
 
 @pytest.mark.parametrize("kind", ["attention", "convolution", "tuple"])

@@ -355,3 +355,62 @@ def test_a_hidden_input_is_told_in_every_solve():
     outside = torch.ones(4, requires_grad=True)
     with pytest.raises(RuntimeError, match="neither one of its parameters nor one of its arguments"):
         layer(torch.randn(2, 4)).z.sum().backward()
+
+
+class Stamps:
+    """A compiler whose programs tell themselves apart: the n-th adds n / 1000 to what it returns."""
+
+    def __init__(self) -> None:
+        self.programs = 0
+
+    def __call__(self, graph, examples):
+        self.programs += 1
+        stamp = self.programs / 1000
+        return lambda *inputs: tuple(part + stamp for part in graph(*inputs))
+
+
+def test_stages_of_one_class_keep_to_their_own_programs():
+    """torch.compile would give blocks of the same class one program for any shape, from the third stage on, and that to earlier stages in the backward pass."""
+    torch._dynamo.reset()
+    stamps = Stamps()
+    layers = [ReversibleFixedPoint(make_block("convolution")[0], beta=0.8, max_steps=3, drift_policy="raise") for _ in range(4)]
+    for layer in layers:
+        layer.compile(backend=stamps)
+    for _ in range(2):
+        h = torch.randn(2, 8, 16, 16, requires_grad=True)
+        for layer in layers:
+            h = torch.nn.functional.avg_pool2d(h + layer(h).z, 2)
+        h.sum().backward()
+        assert [layer.drift.item() for layer in layers] == [0.0] * 4
+    assert stamps.programs == 4
+
+
+@pytest.mark.parametrize(("settings", "programs"), [({}, 2), ({"dynamic": True}, 1), ({"dynamic": False}, 3)], ids=str)
+def test_calls_of_other_shapes_in_between_change_no_program(settings, programs):
+    torch._dynamo.reset()
+    stamps = Stamps()
+    block, _ = make_block("convolution")
+    layer = ReversibleFixedPoint(block, beta=0.8, max_steps=3, drift_policy="raise")
+    layer.compile(backend=stamps, **settings)
+    sizes = (5, 6, 7)
+    solved = [layer(torch.randn(3, 8, size, size, requires_grad=True)).z.sum() for size in (*sizes, *sizes)]
+    for loss in (*solved[::2], *solved[1::2]):
+        loss.backward()  # raises where a program is not that of the forward pass
+    assert stamps.programs == programs
+
+
+def test_a_copy_of_a_compiled_layer_compiles_its_own_block():
+    torch._dynamo.reset()
+    block, x = make_block("convolution")
+    layer = ReversibleFixedPoint(block, beta=0.8, max_steps=3, drift_policy="raise")
+    layer.compile(backend="eager")
+    before = layer(x).z
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+    assert torch.equal(copied(x).z, before)
+    assert not torch.equal(layer(x).z, before)
+    copied(x).z.sum().backward()
+    assert all(parameter.grad is not None for parameter in copied.block.parameters())
+    assert all(parameter.grad is None for parameter in block.parameters())
