@@ -523,6 +523,11 @@ SECTIONS: dict[str, Callable[[Runs], None]] = {
 # --- what is shown ---
 
 
+def place(row: dict[str, str]) -> str:
+    """Where a row was measured: the accelerator, or so many threads of a processor."""
+    return row["device"].removeprefix("NVIDIA ") if " " in row["device"] else f"{row['threads']} threads"
+
+
 def last_run(rows: list[dict[str, str]], section: str) -> list[dict[str, str]]:
     """The newest rows of a section of each shape, precision, device and number of threads, in their order."""
     newest: dict[tuple[str, ...], dict[str, str]] = {}
@@ -550,7 +555,7 @@ def tables(rows: list[dict[str, str]]) -> str:
             )
             peak = f"{int(row['peak_bytes']) / 1e6:.0f}" if row["peak_bytes"] else ""
             lines.append(
-                f"| {row['f']} {row['shape']}, {row['threads']} threads | {row['way']} | {ratio} | {peak} | {row['drift']} | {row['detail']} |"
+                f"| {row['f']} {row['shape']}, {place(row)} | {row['way']} | {ratio} | {peak} | {row['drift']} | {row['detail']} |"
             )
     return "\n".join(lines[1:])
 
@@ -566,7 +571,7 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
     for section in SECTIONS:
         for row in last_run(rows, section):
             if row["ratio"]:
-                groups.setdefault(f"{section}: {row['f']}, {row['shape']}, {row['threads']} threads", []).append(row)
+                groups.setdefault(f"{section}: {row['f']}, {row['shape']}, {place(row)}", []).append(row)
     if not groups:
         raise ValueError(f"{RESULTS / 'speed.csv'} has no rows to draw; run the benchmark first")
     heights = [len(group) for group in groups.values()]

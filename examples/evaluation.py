@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> dict:
     output.mkdir(parents=True, exist_ok=True)
 
     began = time.perf_counter()
-    device = torch.device(options.device or torch.accelerator.current_accelerator() or "cpu")
+    device = torch.device(options.device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     run = run_record("python examples/evaluate.py " + shlex.join(arguments), device)  # now: the files may be of another commit at the end
     model: Any = load(auto, folder, getattr(torch, options.dtype)).to(device)
     measure = text if task == "text-generation" else images

@@ -122,10 +122,14 @@ class CompiledBlock(nn.Module):
 
     def __init__(self, block: nn.Module, **settings: Any) -> None:
         super().__init__()
-        self._orig_mod = block  # the name by which torch's own compiled modules are known
+        self._orig_mod = block  # the name by which compiled modules are known
         self.settings = settings
         self.channels_last_on_cpu = getattr(block, "channels_last_on_cpu", False)
         self._programs: dict[tuple, Callable] = {}
+
+    @property
+    def block(self) -> nn.Module:
+        return self._orig_mod
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies compile anew: programs hold on to the block they were made of."""
@@ -140,7 +144,7 @@ class CompiledBlock(nn.Module):
         return self._programs[shape](z, x, *context, **kwargs)
 
     def _own_code(self) -> Callable:
-        block = self._orig_mod
+        block = self.block
 
         def evaluate(z: Any, x: Any, *context: Any, **kwargs: Any) -> Any:
             return block(z, x, *context, **kwargs)

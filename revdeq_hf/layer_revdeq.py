@@ -85,6 +85,8 @@ class FixedPointSolution(SolveStatistics):
     step_residuals: torch.Tensor | None = None
 
 
+FIGURES = tuple(SolveStatistics.__dataclass_fields__)
+
 # FSDP puts its backward hooks on the tensors that torch's pytree finds in a module's output
 torch.utils._pytree.register_pytree_node(
     FixedPointSolution,
@@ -429,7 +431,7 @@ class ReversibleFixedPoint(nn.Module):
         best = solve(self._start(x, 0), *settings)
         for number in range(1, restarts):
             best = better_of(best, solve(self._start(x, number), *settings))
-        self.statistics = SolveStatistics(**{name: getattr(best, name) for name in SolveStatistics.__dataclass_fields__})
+        self.statistics = SolveStatistics(**{name: getattr(best, name) for name in FIGURES})
         return best
 
     def _start(self, x, number: int | None) -> "torch.Tensor | tuple[torch.Tensor, ...]":
@@ -470,8 +472,9 @@ class ReversibleFixedPoint(nn.Module):
         settings = (z0, x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs)
         if any(hasattr(value, "next_evaluation") for value in block_kwargs.values()):
             return self._solve(*settings)  # a cache with slots for each evaluation, which would be a program of its own each
-        if not self._compiled_block:
-            self._compiled_block = [CompiledBlock(self.block)]
+        compiled = self._compiled_block
+        if not compiled or compiled[0].block is not self.block:
+            self._compiled_block = [CompiledBlock(self.block, **(compiled[0].settings if compiled else {}))]
         return self._solve(*settings, block=self._compiled_block[0])
 
     def _solve(
@@ -507,7 +510,7 @@ class ReversibleFixedPoint(nn.Module):
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _undone_on_failure(evaluator, state):
             statistics, z, states, residuals = self._run(evaluator, start, steps, mode, wants_gradient, output_trajectory, measure_mask)
         self.statistics = statistics
-        solution = FixedPointSolution(**vars(statistics), z=z if is_tuple else z[0])
+        solution = FixedPointSolution(**{name: getattr(statistics, name) for name in FIGURES}, z=z if is_tuple else z[0])
         if output_trajectory:
             solution.trajectory = [state if is_tuple else state[0] for state in states]
             solution.step_residuals = torch.stack(residuals)

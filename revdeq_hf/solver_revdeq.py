@@ -122,13 +122,14 @@ def resolution_for(beta: float, dtype: torch.dtype) -> Resolution:
     if bits is None:
         raise ValueError(f"states must be float64, float32, bfloat16 or float16, got {dtype}; convert x (and z0) first")
     ratio = 1 - rational_beta(beta)
+    numerator, denominator = ratio.numerator, ratio.denominator
     limit = 2.0**11
-    state_limit = limit * float((1 - ratio) / (1 - abs(ratio)))
+    state_limit = limit * (denominator - numerator) / (denominator - abs(numerator))  # torch 2.11 cannot trace float(Fraction)
     # one sign bit, one bit of slack for the rounding of q and the digits below the resolution
     free = 62 - math.log2(state_limit)
-    bits = min(bits, int(free - math.log2(ratio.denominator)))
-    segment = int((free - bits) / math.log2(ratio.denominator))
-    return Resolution(ratio.numerator, ratio.denominator, bits, limit, state_limit, segment)
+    bits = min(bits, int(free - math.log2(denominator)))
+    segment = int((free - bits) / math.log2(denominator))
+    return Resolution(numerator, denominator, bits, limit, state_limit, segment)
 
 
 def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

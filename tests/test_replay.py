@@ -414,3 +414,5 @@ def test_a_copy_of_a_compiled_layer_compiles_its_own_block():
     copied(x).z.sum().backward()
     assert all(parameter.grad is not None for parameter in copied.block.parameters())
     assert all(parameter.grad is None for parameter in block.parameters())
+    layer.block = copied.block  # a block put in its place is compiled, too
+    assert torch.equal(layer(x).z, before)
