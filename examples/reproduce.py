@@ -9,8 +9,8 @@
 
 A recipe is a YAML file in `recipes/`: `script`, `arguments` that all variants share, `variants` with what differs. Flags that are not known here go to the
 script and win over the recipe's; a source of data among them (--dataset_name, --train_file, --train_dir, ...) replaces the recipe's source. `--dry_run`
-prints the commands, which can be run by themselves. On a CPU `bf16`, `torch_compile` and `compile_blocks` are left out. Models and logs go to `runs/recipes`, results to
-`recipes/results/RECIPE/VARIANT-seedN.json`. An interrupted training goes on where its last checkpoint is.
+prints the commands, which can be run by themselves. On a CPU `bf16`, `torch_compile` and `compile_blocks` are left out. Models and logs go to `runs/recipes`,
+results to `recipes/results/RECIPE/VARIANT-seedN.json`. An interrupted training goes on where its last checkpoint is.
 """
 
 import argparse
