@@ -8,13 +8,14 @@ divides by 1 - beta in floating point. Peak memory is that of the second trainin
 """
 
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import fit, keep, kept
+from common import fit, keep, kept, median
 from gradients import FloatReversal
 from torch import nn
 
@@ -108,15 +109,21 @@ def train(way: str, steps: int, updates: int, hidden: int, seed: int) -> dict[st
 
 
 def table() -> str:
-    """Markdown of the kept rows."""
+    """Markdown of the kept rows: what each seed gave, the median of the seconds, the greatest drift."""
     lines = [
-        f"| steps | gradient | loss | solved, {BITS} bits | solved, {LONG} bits at 128 steps | seconds | peak MB | drift |",
+        f"| steps | gradient | loss, by seed | solved, {BITS} bits (%) | solved, {LONG} bits at 128 steps (%) | seconds | peak MB | greatest drift |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in kept("thinking_gradients"):
-        solved = [f"{100 * float(row[name]):.1f}%" for name in (f"solved_{BITS}", f"solved_{LONG}_at_128")]
-        drift = f"{float(row['drift']):.2g}" if row["drift"] else ""
-        cells = [row["steps"], row["way"], row["loss"], *solved, row["seconds"], f"{int(row['peak_bytes']) / 1e6:.1f}", drift]
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in sorted(kept("thinking_gradients"), key=lambda row: (int(row["steps"]), list(WAYS).index(row["way"]), int(row["seed"]))):
+        groups.setdefault((row["steps"], row["way"]), []).append(row)
+    for (steps, way), rows in groups.items():
+        solved = [", ".join(f"{100 * float(row[name]):.4g}" for row in rows) for name in (f"solved_{BITS}", f"solved_{LONG}_at_128")]
+        drifts = [float(row["drift"]) for row in rows if row["drift"]]
+        drift = f"{max(drifts, key=lambda value: math.inf if math.isnan(value) else value):.2g}" if drifts else ""
+        seconds = median([float(row["seconds"]) for row in rows])
+        peak = max(int(row["peak_bytes"]) for row in rows) / 1e6
+        cells = [steps, way, ", ".join(row["loss"] for row in rows), *solved, f"{seconds:.0f}", f"{peak:.1f}", drift]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
