@@ -8,12 +8,12 @@ divides by 1 - beta in floating point. Peak memory is that of the second trainin
 """
 
 import argparse
-import math
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import fit, keep, kept, median
 from gradients import FloatReversal
@@ -120,7 +120,7 @@ def table() -> str:
     for (steps, way), rows in groups.items():
         solved = [", ".join(f"{100 * float(row[name]):.4g}" for row in rows) for name in (f"solved_{BITS}", f"solved_{LONG}_at_128")]
         drifts = [float(row["drift"]) for row in rows if row["drift"]]
-        drift = f"{max(drifts, key=lambda value: math.inf if math.isnan(value) else value):.2g}" if drifts else ""
+        drift = f"{np.max(drifts):.2g}" if drifts else ""  # NaN, if one is
         seconds = median([float(row["seconds"]) for row in rows])
         peak = max(int(row["peak_bytes"]) for row in rows) / 1e6
         cells = [steps, way, ", ".join(row["loss"] for row in rows), *solved, f"{seconds:.0f}", f"{peak:.1f}", drift]

@@ -72,6 +72,7 @@ def same_convolutions(device: torch.device) -> Iterator[None]:
     """Convolutions by an algorithm that depends on their shapes alone and repeats its bits.
 
     With `torch.backends.cudnn.benchmark` each thread measures for itself which one is fastest, and the backward pass is another thread.
+    `torch.backends.cudnn.flags` would set every other flag as well, the precision of float32 among them.
     """
     if device.type != "cuda":
         yield
@@ -106,6 +107,9 @@ def memory_format(tensor: torch.Tensor, block: nn.Module) -> torch.memory_format
     return torch.contiguous_format
 
 
+ANY_SHAPE = ()
+
+
 class CompiledBlock(nn.Module):
     """A block compiled for one layer: every call of a shape runs the same program, whatever is called in between.
 
@@ -136,14 +140,16 @@ class CompiledBlock(nn.Module):
         return {**self.__dict__, "_programs": {}}
 
     def forward(self, z: Any, x: Any, *context: Any, **kwargs: Any) -> Any:
+        """As the block is called, and with what it returns; the first call of a program takes the seconds of its compilation."""
         shape = tuple(tuple(part.shape) for part in (z if isinstance(z, tuple) else (z,)))
-        if self.settings.get("dynamic") is not None or (self._programs and shape not in self._programs):
-            shape = ()
-        if shape not in self._programs:
-            self._programs[shape] = torch.compile(self._own_code(), **{"dynamic": not shape, **self.settings})
-        return self._programs[shape](z, x, *context, **kwargs)
+        alone = self.settings.get("dynamic") is None and (not self._programs or shape in self._programs)
+        key = shape if alone else ANY_SHAPE
+        if key not in self._programs:
+            self._programs[key] = torch.compile(self._own_code(), **{"dynamic": not alone, **self.settings})
+        return self._programs[key](z, x, *context, **kwargs)
 
     def _own_code(self) -> Callable:
+        """A call of the block whose code object is new, by which torch keeps programs apart."""
         block = self.block
 
         def evaluate(z: Any, x: Any, *context: Any, **kwargs: Any) -> Any:

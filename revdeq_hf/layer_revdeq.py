@@ -350,7 +350,7 @@ class ReversibleFixedPoint(nn.Module):
         self._approximation = Approximation(solver, self.beta, solver_memory, adjoint_tol, adjoint_max_steps, phantom_steps)
         self.statistics: SolveStatistics | None = None
         self._compiled_block: list[CompiledBlock] = []  # in a list, which does not make it a submodule
-        self._compiled = False
+        self._compiled = False  # by `compile`: also for callers that are not compiled
         self._certificate = Certificate(drift_policy)
 
     @property
@@ -450,6 +450,9 @@ class ReversibleFixedPoint(nn.Module):
 
     def compile(self, **settings: Any) -> None:
         """Compiles the block by itself, so that both passes run the same program: the first shape gets one of its own, all others share one for any shape.
+
+        Nothing is compiled before the first call of each, which takes some seconds longer; what cannot be compiled is an error of torch's then.
+        Evaluations that write to a cache with slots of their own run uncompiled.
 
         Args:
             settings: of `torch.compile`, such as `mode` and `backend`. With `dynamic` one program serves all shapes (True), or each has its own (False).

@@ -66,9 +66,10 @@ def test_a_compiled_block_is_reversed_exactly(how, dropout, precision, device):
         z.float().square().sum().backward()
         assert layer.drift == 0
         gradients[mode] = [x.grad, *(p.grad for p in block.parameters())]
-    size = max(b.float().norm() for b in gradients["backprop"])  # some are zero but for rounding
+    # some are zero but for rounding, and an accelerator's sums are not repeated in their order
+    least = 0.0 if device == "cpu" else 1e-3 * max(b.float().norm() for b in gradients["backprop"])
     for a, b in zip(*gradients.values(), strict=True):
-        assert (a.float() - b.float()).norm() < (1e-5 if precision == "float32" else 5e-2) * max(b.float().norm(), 1e-3 * size)
+        assert (a.float() - b.float()).norm() < (1e-5 if precision == "float32" else 5e-2) * max(b.float().norm(), least)
 
 
 def test_a_whole_compiled_model_compiles_the_block_by_itself(device):

@@ -19,6 +19,7 @@ from revdeq_hf import (
     RevDEQVisionConfig,
     ReversibleFixedPoint,
 )
+from revdeq_hf.layer_revdeq import fixed_point_layers
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -99,7 +100,7 @@ def updates(model, count, compiled=False, precision=torch.bfloat16, **inputs):
     """Trains for some updates under autocast; returns the losses, and the greatest drift of each update."""
     torch._dynamo.reset()
     program = torch.compile(model) if compiled else model
-    layers = [module for module in model.modules() if isinstance(module, ReversibleFixedPoint)]
+    layers = [layer for _, layer in fixed_point_layers(model)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     losses, drifts = [], []
     for _ in range(count):
@@ -127,7 +128,9 @@ def _search():
 @pytest.mark.parametrize("block_type", ["paper", "modern"])
 def test_image_models_train_without_drift(block_type, layout, compiled):
     torch.manual_seed(0)
-    sizes = dict(hidden_sizes=[32, 64], expansion_ratios=[2, 1], block_type=block_type)
+    sizes = dict(
+        hidden_sizes=[32, 64, 64, 32], expansion_ratios=[1, 2, 2, 1], block_type=block_type
+    )  # stages alike but for the maps' sides
     model = RevDEQForImageClassification(RevDEQVisionConfig(max_steps=4, num_labels=5, **sizes)).cuda().to(memory_format=layout)
     pixels = torch.randn(16, 3, 33, 31, device="cuda").contiguous(memory_format=layout)
     losses, drifts = updates(model, 8, compiled, pixel_values=pixels, labels=torch.arange(16, device="cuda") % 5)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
 
-from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
+from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig, ReversibleFixedPoint
 
 pytestmark = pytest.mark.usefixtures("scripts")
 TINY = [
@@ -378,6 +378,14 @@ def test_one_cycle_is_torchs_and_ends_at_its_minimum(image):
     assert image.one_cycle(0, warmup=0, updates=1) <= 1
 
 
+def test_every_block_is_compiled_where_that_is_asked_for(image, folder, tmp_path, monkeypatch):
+    compiled: list[ReversibleFixedPoint] = []
+    monkeypatch.setattr(ReversibleFixedPoint, "compile", lambda layer: compiled.append(layer))  # noqa: PLW0108 (a method must be a function)
+    sizes = ["--hidden_sizes", "16", "16", "--expansion_ratios", "1", "1", "--max_steps", "1"]
+    image.main([*folders(folder), *TINY, *sizes, "--compile_blocks", "true", "--output_dir", str(tmp_path)])
+    assert len(set(compiled)) == 2
+
+
 def test_the_schedule_follows_the_clock_where_it_is_ahead(image, tmp_path):
     trainer = small_trainer(image, tmp_path, max_minutes=1.0, max_steps=100, lr_scheduler_type="linear", warmup_steps=0, learning_rate=1.0)
     trainer.create_optimizer()
@@ -571,6 +579,7 @@ def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
         (["--hidden_sizes", "20", "--expansion_ratios", "1"], "group_width must divide"),
         (["--image_size", "3", "--hidden_sizes", "16", "16", "16", "--expansion_ratios", "1", "1", "1"], "smaller than the network allows"),
         (["--model_type", "resnet", "--image_size", "7"], r"divides their sides by 8; enlarge them with --image_size \(at least 8\)"),
+        (["--model_type", "resnet", "--compile_blocks", "true"], "'resnet' has no fixed points; take --torch_compile true"),
         (["--channels", "2"], "--channels must be 1 or 3"),
         (["--bad_images", "mend"], "--bad_images must be"),
         (["--ema_decay", "1"], "--ema_decay must lie"),

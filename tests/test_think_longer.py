@@ -224,3 +224,20 @@ def test_trained_on_short_strings_right_on_long_ones(think, tmp_path):
     row = results["adaptive"][0]
     assert row["settled_right"] > 0.8 * 60
     assert row["settled_wrong"] <= 1
+
+
+def test_minutes_end_a_training_its_rate_and_the_growth_of_the_residuals_weight(think, tmp_path, monkeypatch):
+    shares: list[float] = []
+    plain = think.ThinkingTrainer.share.fget
+    monkeypatch.setattr(think.ThinkingTrainer, "share", property(lambda trainer: shares.append(plain(trainer)) or shares[-1]))
+    results = think.main(
+        flags(max_steps=100_000, max_minutes=0.02, warmup_steps=0, test_sizes=[8], residual_weight=1.0, output_dir=tmp_path)
+    )
+    assert 1 < results["updates"] < 100_000
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.5
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    assert rates[-1] < 0.5 * rates[0]
+    with pytest.raises(ValueError, match="--max_minutes must be positive, got 0"):
+        think.main(flags(max_minutes=0, output_dir=tmp_path / "none"))
