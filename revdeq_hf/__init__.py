@@ -3,10 +3,11 @@
 Importing the package registers its models with transformers' Auto classes.
 """
 
+from .certificate_revdeq import DriftError
 from .configuration_revdeq import RevDEQConfig, RevDEQVisionConfig
 from .diagnostics import Diagnosis, LogitLens, diagnose, logit_lens
 from .hub_revdeq import __version__
-from .layer_revdeq import DriftError, FixedPointSolution, ReversibleFixedPoint, SolveStatistics
+from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint, SolveStatistics
 from .modeling_revdeq import (
     RevDEQForCausalLM,
     RevDEQForQuestionAnswering,

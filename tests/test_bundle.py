@@ -125,6 +125,7 @@ def test_folder_holds_the_package_s_code_and_only_what_is_needed(bundles):
     shared = {
         "adjoint",
         "block",
+        "certificate",
         "configuration",
         "evaluator",
         "fixed_point_solvers",

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdeq_hf import DriftError, ReversibleFixedPoint
-from revdeq_hf.layer_revdeq import _Glances
+from revdeq_hf.certificate_revdeq import _Glances
 from revdeq_hf.training import LiveBytes
 
 BETAS = [0.3, 0.5, 0.7, 0.75, 0.8, 0.9, 1.2, 1.5]
