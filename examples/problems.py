@@ -185,6 +185,18 @@ def collate_mosaic(rows: list[dict[str, Any]], tiles: int = 2) -> Batch:
     return {"pixel_values": pixels, "labels": labels}
 
 
+def turned(grids: Dataset, number: int) -> Dataset:
+    """The same mazes in another of the square's eight positions: `number` quarter turns to the left, from 4 on mirrored at the diagonal before."""
+    if not 0 <= number < 8:
+        raise ValueError(f"number must lie in 0 to 7, got {number}")
+
+    def turn(row: dict[str, Any]) -> dict[str, Any]:
+        parts = {name: np.asarray(row[name]) for name in ("pixel_values", "labels")}
+        return {name: np.rot90(part.swapaxes(-1, -2) if number > 3 else part, number, (-2, -1)).tolist() for name, part in parts.items()}
+
+    return Dataset.from_list([row | turn(row) for row in grids])
+
+
 def the_path(walls: np.ndarray, start: tuple[int, int], goal: tuple[int, int]) -> list[tuple[int, int]]:
     """Cells of a shortest path from start to goal; a ValueError where there is none."""
     came_from: dict[tuple[int, int], tuple[int, int]] = {start: start}

@@ -90,6 +90,21 @@ def test_a_maze_is_a_tree_and_its_labels_are_the_path(problems, size):
         assert {cell for cell, count in neighbours.items() if count == 1} == {tuple(begin), tuple(end)}
 
 
+def test_a_turned_maze_is_the_same_maze_in_another_position(problems):
+    rows = problems.mazes(3, 7, seed=0)
+    seen = [problems.turned(rows, number) for number in range(8)]
+    assert seen[0][:] == rows[:]
+    assert [list(other["length"]) for other in seen] == [list(rows["length"])] * 8
+    for index in range(3):
+        grids = [np.array(other[index]["pixel_values"]) for other in seen]
+        assert len({grid.tobytes() for grid in grids}) == 8
+        for grid, other in zip(grids, seen, strict=True):
+            start, goal = (tuple(int(at[0]) for at in np.nonzero(grid[channel])) for channel in (1, 2))
+            path = np.zeros((7, 7), int)
+            path[tuple(zip(*problems.the_path(grid[0], start, goal), strict=True))] = 1
+            assert (path == np.array(other[index]["labels"])).all()
+
+
 def test_no_path_is_said(problems):
     walls = np.ones((3, 3))
     walls[0, 0] = walls[2, 2] = 0

@@ -99,6 +99,39 @@ def test_a_flag_that_is_not_given_is_that_of_the_problem_s_best_run(think, tmp_p
         assert think.main(other)["train_loss"] != pytest.approx(found["train_loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize(("problem", "size"), [("mazes", 7), ("sudoku", 50)])
+def test_what_does_not_settle_is_looked_at_from_another_side(think, tmp_path, problem, size):
+    """What settled stays as it was; of the others the answer of the smallest residual counts, and the steps of all views."""
+    made, options = think.PROBLEMS[problem], think.NetworkArguments(hidden_size=8)
+    torch.manual_seed(0)
+    model = think.build_network(options, made)
+    with torch.no_grad():
+        for matrix in (parameter for parameter in model.parameters() if parameter.dim() > 1):
+            matrix.mul_(3)  # far from settled, each problem differently
+
+    def look(views: int, tol: float) -> dict:
+        data = think.ProblemArguments(problem, test_views=views, tol=tol, test_sizes=[size], test_steps=[6], test_count=12, curve_count=1)
+        return think.test(model, made, data, options, torch.device("cpu"))["adaptive"][0]
+
+    residuals = sorted(look(1, 0.0)["residuals"])
+    tol = max(range(3, 9), key=lambda index: residuals[index + 1] - residuals[index])  # between two that differ, as they are rounded
+    tol = (residuals[tol] + residuals[tol + 1]) / 2
+    once, twice, thrice = (look(views, tol) for views in (1, 2, 3))
+    for less, more in ((once, twice), (twice, thrice)):
+        better = 0
+        for before, after, steps, all_steps in zip(
+            *(row[name] for name in ("residuals", "steps_taken") for row in (less, more)), strict=True
+        ):
+            if before <= tol:
+                assert (after, all_steps) == (before, steps)
+            else:
+                assert after <= before
+                assert all_steps > steps
+                better += after < before
+        assert better > 0
+    assert [row["views"] for row in (once, twice, thrice)] == [1, 2, 3]
+
+
 def test_going_on_trains_as_before_but_for_the_flags(think, tmp_path):
     """Steps, gradient and start states of a trained model stay unless a flag says otherwise; the flags were once ignored where a model was given."""
     problem, few = think.PROBLEMS["mazes"], dict(hidden_size=8)
@@ -142,7 +175,7 @@ def test_equal_evaluations_means_equal_convolutions(think):
 
 
 def test_the_residual_in_the_loss(think, tmp_path):
-    """Half way through the training half of its weight; its gradient goes through the solve, which stays exact."""
+    """Half way through the training half of its weight, mean of the places' own; its gradient goes through the solve, which stays exact."""
     model = think.build_network(think.NetworkArguments(hidden_size=8, train_steps=[3]), think.PROBLEMS["mazes"])
     arguments = think.ThinkingArguments(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=4)
     trainer = think.ThinkingTrainer(residual_weight=0.6, model=model, args=arguments)
@@ -157,7 +190,7 @@ def test_the_residual_in_the_loss(think, tmp_path):
     layer.gradient = "backprop"
     x, z = model.model.stem(batch["pixel_values"]), model.model(batch["pixel_values"]).last_hidden_state
     f = layer.block(z, x)
-    residual = ((f - z).square().sum((1, 2, 3)) / f.square().sum((1, 2, 3))).mean()
+    residual = (torch.linalg.vector_norm(f - z, dim=1) / torch.linalg.vector_norm(f, dim=1)).mean()
     expected = model(**batch).loss + 0.3 * residual
     torch.testing.assert_close(loss, expected)
     model.zero_grad()
@@ -203,6 +236,9 @@ def test_labels_that_weigh_more(think, tmp_path):
         (dict(label_weights=[1, 0]), "--label_weights takes two positive numbers"),
         (dict(tiles=2), "--tiles is for mazes and at least 1, got 2 for prefix_sums"),
         (dict(problem="mazes", tiles=0), "--tiles is for mazes and at least 1, got 0 for mazes"),
+        (dict(test_views=2), r"--test_views is for mazes \(1 to 8\) and Sudoku \(1 or more\), got 2 for prefix_sums"),
+        (dict(problem="mazes", test_views=9), "got 9 for mazes"),
+        (dict(problem="sudoku", test_views=0), "got 0 for sudoku"),
         (dict(num_restarts=3), "num_restarts=3 from a start state of zero would find the same 3 times"),
     ],
 )
