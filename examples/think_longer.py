@@ -45,15 +45,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, LlamaConfig, LlamaForTokenClassification, TrainingArguments, set_seed
 
-from revdeq_hf import RevDEQConfig, RevDEQForSemanticSegmentation, RevDEQForTokenClassification, RevDEQVisionConfig
+from revdeq_hf import ResidualLoss, RevDEQConfig, RevDEQForSemanticSegmentation, RevDEQForTokenClassification, RevDEQVisionConfig
 from revdeq_hf.block_revdeq import RevDEQPositionNorm
 from revdeq_hf.checkpoints import checkpoint_to_resume
-from revdeq_hf.layer_revdeq import SOLVER_ARGUMENTS, fixed_point_layers
+from revdeq_hf.layer_revdeq import fixed_point_layers
 from revdeq_hf.optimizers import muon_adamw
 from revdeq_hf.training import RevDEQCallback, greatest_drift, peak_memory, run_record
 
 Figures = dict[str, Any]
-ROUNDING = 1e-4  # relative residual of a place below which it is squared: what is left there has no direction
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ PROBLEMS = {
     "prefix_sums": Problem(prefix_sums, 32, [32, 128, 512], [12, 24, 48, 96, 192], 64, kernel=(1, 3)),
     "mazes": Problem(
         *(mazes, 9, [9, 21], [12, 24, 48, 96, 192, 384], 8),
-        train_count=50_000,
+        train_count=120_000,
         channels=3,
         test_damping=0.5,
         train_steps=(8, 24),
@@ -92,7 +91,7 @@ PROBLEMS = {
             learning_rate=1.5e-3,
             adam_beta2=0.99,
             max_grad_norm=0.25,
-            max_steps=6000,
+            max_steps=15_000,
             label_weights=[1.0, 30.0],
             tiles=2,
             residual_weight=1.5,
@@ -129,7 +128,7 @@ class ProblemArguments:
         default=None, metadata={"help": "Bits, cells of a side, givens or letters of the problems to train on. Default: the problem's."}
     )
     train_count: int | None = field(
-        default=None, metadata={"help": "Problems to train on. Default: 20,000, of mazes 50,000, of Sudoku 1,000, of permutations 40,000."}
+        default=None, metadata={"help": "Problems to train on. Default: 20,000, of mazes 120,000, of Sudoku 1,000, of permutations 40,000."}
     )
     train_guises: int = field(
         default=100, metadata={"help": "Guises of each Sudoku to train on: digits renamed, rows and columns permuted."}
@@ -301,10 +300,8 @@ class ThinkingTrainer(TimedTrainer):
         label_weights: label i counts `label_weights[i]` times, in the cross-entropy of the logits shifted by the logarithms of the weights. What cannot be
             known yet is then left at the label of the greater weight; the shift makes up for it in the logits, of which the largest is still that of the
             likeliest label.
-        residual_weight: of `||f(z) - z|| / ||f(z)||` of the state returned, taken at each place by itself, mean of the places; the weight rises from 0 to
-            this. A right answer may be read from a state that is no fixed point: one with z = f(y), y = f(z) and y other than z, which no step changes
-            either. Each place by itself, and no square, since what does not settle is few places of many, and these a little. Costs one more evaluation of
-            the block.
+        residual_weight: of `ResidualLoss`; the weight rises from 0 to this. A right answer may be read from a state that is no fixed point: one with
+            z = f(y), y = f(z) and y other than z, which no step changes either.
         kwargs: of Trainer.
     """
 
@@ -312,13 +309,9 @@ class ThinkingTrainer(TimedTrainer):
         super().__init__(**kwargs)
         self.label_weights = label_weights
         self.residual_weight = residual_weight
-        if residual_weight:
-            (layer,) = [layer for _, layer in fixed_point_layers(kwargs["model"])]
-            layer.register_forward_hook(self._remember, with_kwargs=True)
-
-    def _remember(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], solution: Any) -> None:
-        context = {name: value for name, value in kwargs.items() if name not in SOLVER_ARGUMENTS}
-        self.solve: tuple[Any, ...] = layer.block, solution.z, args, context
+        self.residual = ResidualLoss(kwargs["model"]) if residual_weight else None
+        if label_weights or residual_weight:
+            self.model_accepts_loss_kwargs = False  # the loss is a mean of the batch, to be divided by the accumulated ones
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -326,13 +319,8 @@ class ThinkingTrainer(TimedTrainer):
             logits = outputs["logits"].float()
             weights = logits.new_tensor(self.label_weights)
             loss = F.cross_entropy(logits + weights.log().view(-1, 1, 1), inputs["labels"], weights)
-        if self.residual_weight:
-            block, z, args, context = self.solve
-            del self.solve  # with it the graph would live until the next batch
-            f = block(z, *args, **context)
-            channels = 1 if f.dim() == 4 else -1  # of grids, of tokens
-            away, size = (part.float().square().sum(channels) for part in (f - z, f))
-            loss = loss + self.residual_weight * self.share * (away / size + ROUNDING**2).sqrt().mean()
+        if self.residual:
+            loss = loss + self.residual_weight * self.share * self.residual()
         return (loss, outputs) if return_outputs else loss
 
 

@@ -5,6 +5,7 @@ Importing the package registers its models with transformers' Auto classes.
 
 from .certificate_revdeq import DriftError
 from .configuration_revdeq import RevDEQConfig, RevDEQVisionConfig
+from .convergence import ResidualLoss
 from .diagnostics import Diagnosis, LogitLens, diagnose, logit_lens
 from .hub_revdeq import __version__
 from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint, SolveStatistics
@@ -29,6 +30,7 @@ __all__ = [
     "DriftError",
     "FixedPointSolution",
     "LogitLens",
+    "ResidualLoss",
     "RevDEQConfig",
     "RevDEQForCausalLM",
     "RevDEQForImageClassification",

@@ -199,6 +199,16 @@ def test_the_residual_in_the_loss(think, tmp_path):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_accumulated_batches_count_the_residual_once(think, tmp_path):
+    """Token classifiers divide their loss by the labels of the whole update; a term beside it is a mean, to be divided by the batches."""
+    same = dict(
+        problem="sudoku", train_size=60, test_sizes=[60], train_steps=[3], learning_rate=0, max_steps=2, residual_weight=3.0, test_count=1
+    )
+    once = think.main(flags(**same, per_device_train_batch_size=8, output_dir=tmp_path / "1"))
+    halves = think.main(flags(**same, per_device_train_batch_size=4, gradient_accumulation_steps=2, output_dir=tmp_path / "2"))
+    assert halves["train_loss"] == pytest.approx(once["train_loss"], rel=1e-4)
+
+
 def test_labels_that_weigh_more(think, tmp_path):
     """A place of which nothing can be known: its best logits, by the weighted loss, are the log odds of its labels, not shifted by the weights."""
 

@@ -1,0 +1,90 @@
+"""Learning to converge: the residual of a model's solves as a term of the loss."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layer_revdeq import SOLVER_ARGUMENTS, FixedPointSolution, ReversibleFixedPoint, fixed_point_layers
+
+ROUNDING = 1e-4  # residual of a place below which it is squared: what is left there has no direction
+
+
+class ResidualLoss:
+    """How far the solves of a model's last call ended from their fixed points, differentiable.
+
+    A loss of labels alone is content with a state from which the answer can be read; whether it is a fixed point shows only in problems larger than those of
+    the training, where what had not come to rest goes on moving. With this term mazes six times as long and wide as those of the training are solved and
+    settle (docs/think_longer.md).
+
+        residual = ResidualLoss(model)
+        loss = model(**batch).loss
+        loss = loss + 1.5 * share_of_training_done * residual()
+
+    In a Trainer the second line of a `compute_loss` of your own, with `trainer.model_accepts_loss_kwargs = False`, so that both terms are divided by the
+    accumulated batches. Let the weight grow from 0: first to be right, then to converge.
+
+    Each place (a pixel, a token) counts by itself, with `||f(z) - z|| / ||f(z)||` over its channels, not squared, and the mean is taken: what does not settle
+    is few places of many, and these a little, which the square of a whole example's residual hardly sees. Channels are the second dimension of states with
+    four or more (grids), else the last one. Places that `measure_mask` leaves out do not count. `f` is the block without damping and noise on the path.
+
+    Args:
+        model: holds one or more `ReversibleFixedPoint`; each of its calls with gradients is measured from now on, until `remove()`.
+
+    Returns, when called:
+        0-d float32 tensor in [0, 2) or about, the mean of the layers that ran in the model's last call. Its gradient goes through the solves as well, by the
+        layer's gradient mode: exact with "reversible".
+
+    Cost: in each pass through a layer one more evaluation of its block, with its graph; the drift certificate is not concerned.
+
+    Dropout in the block draws another mask for this evaluation, so that the residual stays above 0 where there is any.
+
+    Raises:
+        ValueError: the model has no fixed-point layer.
+        RuntimeError: when called without a call of the model with gradients before; in a model sharded by FSDP2, where a block is evaluated inside its solve
+            alone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = fixed_point_layers(model)
+        if not layers:
+            raise ValueError(f"{type(model).__name__} has no ReversibleFixedPoint, whose residual could be measured")
+        self._model = model
+        self._measured: dict[str, torch.Tensor] = {}
+        self._hooks = [layer.register_forward_hook(partial(self._measure, name), with_kwargs=True) for name, layer in layers]
+
+    def __call__(self) -> torch.Tensor:
+        if not self._measured:
+            raise RuntimeError("no solve to measure: call the model with gradients before each call of ResidualLoss")
+        found = list(self._measured.values())
+        self._measured = {}  # with it the graph would live until the next batch
+        return torch.stack(found).mean()
+
+    def remove(self) -> None:
+        """Measures no more calls of the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _measure(self, name: str, layer: ReversibleFixedPoint, args: tuple, kwargs: dict[str, Any], solution: FixedPointSolution) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from torch.distributed.fsdp import FSDPModule  # costs too much to import where nothing is sharded
+
+            if any(isinstance(module, FSDPModule) for module in self._model.modules()):
+                raise RuntimeError(
+                    "ResidualLoss evaluates blocks outside of their solves, which FSDP2 shards as a whole; train with DDP, or without it"
+                )
+        context = {key: value for key, value in kwargs.items() if key not in SOLVER_ARGUMENTS}
+        f = layer.block(solution.z, *args, **context)
+        parts = zip(f, solution.z, strict=True) if isinstance(f, tuple) else ((f, solution.z),)
+        mask = kwargs.get("measure_mask")
+        self._measured[name] = torch.stack([_residual_of_places(*part, mask) for part in parts]).mean()
+
+
+def _residual_of_places(f: torch.Tensor, z: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    channels = 1 if f.dim() > 3 else -1
+    away, size = (part.float().square().sum(channels) for part in (f - z, f))
+    residual = (away / (size + 1e-10) + ROUNDING**2).sqrt()
+    return (residual if mask is None else residual[mask]).mean()

@@ -1,0 +1,149 @@
+"""`ResidualLoss`: what is measured, its gradient through the solve, and when it cannot be had."""
+
+import pytest
+import torch
+from torch import nn
+from torch.linalg import vector_norm
+
+from revdeq_hf import ResidualLoss, RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, ReversibleFixedPoint
+
+
+class Block(nn.Module):
+    """Its calls are counted."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.calls = 0
+
+    def forward(self, z, x, shift=0.0):
+        self.calls += 1
+        return torch.tanh(self.linear(z) + x + shift)
+
+
+def relative(f, z, dim):
+    return vector_norm(f - z, dim=dim) / vector_norm(f, dim=dim)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def test_each_place_counts_by_itself_and_the_gradient_goes_through_the_solve():
+    torch.manual_seed(0)
+    layer, x = ReversibleFixedPoint(Block(), max_steps=3), torch.randn(4, 5, 6)
+    residual = ResidualLoss(layer)
+    layer(x, shift=0.3)
+    found = residual()
+    exact = gradients(layer, found)
+    assert layer.drift == 0.0
+    z = layer(x, shift=0.3, gradient="backprop").z
+    by_hand = relative(layer.block(z, x, shift=0.3), z, -1)
+    assert by_hand.shape == (4, 5)
+    torch.testing.assert_close(found, by_hand.mean(), rtol=1e-4, atol=0)
+    for one, other in zip(exact, gradients(layer, by_hand.mean()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    squares = vector_norm(layer.block(z, x, shift=0.3) - z) ** 2 / vector_norm(z) ** 2
+    assert found > 2 * squares  # the mean of the places is another measure than the square of the whole
+
+
+def test_what_a_mask_leaves_out_does_not_count():
+    torch.manual_seed(0)
+    layer, x = ReversibleFixedPoint(Block(), max_steps=2), torch.randn(2, 5, 6)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]])
+    residual = ResidualLoss(layer)
+    z = layer(x, measure_mask=mask).z
+    torch.testing.assert_close(residual(), relative(layer.block(z, x), z, -1)[mask].mean(), rtol=1e-4, atol=0)
+
+
+def test_states_of_several_tensors():
+    class Pair(nn.Module):
+        def forward(self, z, x):
+            return torch.tanh(0.5 * z[0] + x[0]), torch.tanh(0.3 * z[1] + x[1])
+
+    x = torch.randn(2, 3), torch.randn(2, 4, 3)
+    layer = ReversibleFixedPoint(Pair(), max_steps=2)
+    residual = ResidualLoss(layer)
+    z = layer(x).z
+    f = layer.block(z, x)
+    torch.testing.assert_close(
+        residual(), torch.stack([relative(a, b, -1).mean() for a, b in zip(f, z, strict=True)]).mean(), rtol=1e-4, atol=0
+    )
+
+
+def test_every_layer_of_an_image_model_counts_alike_and_channels_are_those_of_grids():
+    torch.manual_seed(0)
+    config = RevDEQVisionConfig(num_channels=3, hidden_sizes=[8, 16], expansion_ratios=[1, 2], group_width=8, num_labels=4, max_steps=2)
+    model = RevDEQForImageClassification(config)
+    residual = ResidualLoss(model)
+    seen = []
+    for stage in model.model.stages:
+        stage.register_forward_hook(lambda layer, args, solution: seen.append(relative(layer.block(solution.z, *args), solution.z, 1)))
+    loss = model(torch.randn(2, 3, 16, 16), labels=torch.tensor([0, 3])).loss
+    torch.testing.assert_close(residual(), torch.stack([part.mean() for part in seen]).mean(), rtol=1e-4, atol=0)
+    assert len(seen) == len(model.model.stages) > 1
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_language_model_learns_to_converge(compiled):
+    """Of the same labels the solves come to rest sooner where their residual is in the loss."""
+
+    def train(weight: float) -> float:
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_attention_heads=2)
+        model = RevDEQForCausalLM(RevDEQConfig(**sizes, beta=0.8, max_steps=3))
+        residual = ResidualLoss(model)
+        call = torch.compile(model) if compiled else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        ids = torch.randint(0, 32, (4, 16), generator=torch.Generator().manual_seed(1))
+        for _ in range(30):
+            loss = call(input_ids=ids, labels=ids).loss + weight * residual()
+            optimizer.zero_grad()
+            loss.backward()
+            assert model.model.solve.drift == 0.0
+            optimizer.step()
+        with torch.no_grad():
+            model(input_ids=ids)
+        return model.model.solve.statistics.residual.mean().item()
+
+    assert train(5.0) < 0.7 * train(0.0)
+
+
+def test_it_costs_nothing_without_gradients_or_once_removed():
+    layer, x = ReversibleFixedPoint(Block(), max_steps=2), torch.randn(2, 6)
+    residual = ResidualLoss(layer)
+    with torch.no_grad():
+        layer(x)
+    assert layer.block.calls == 4
+    layer(x)
+    assert layer.block.calls == 4 + 4 + 1
+    residual()
+    residual.remove()
+    layer(x)
+    assert layer.block.calls == 9 + 4
+    with pytest.raises(RuntimeError, match="call the model with gradients before each call of ResidualLoss"):
+        residual()
+
+
+def test_what_cannot_be_measured_is_said():
+    with pytest.raises(ValueError, match="Linear has no ReversibleFixedPoint"):
+        ResidualLoss(nn.Linear(2, 2))
+
+
+def test_under_fsdp2_it_is_refused():
+    """Its evaluation of a block would meet shards, or take the place of the solve's hooks."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(ReversibleFixedPoint(Block(), max_steps=2))
+        ResidualLoss(model)
+        for module in (model[0], model):
+            fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(RuntimeError, match="which FSDP2 shards as a whole; train with DDP, or without it"):
+            model(torch.randn(2, 6))
+    finally:
+        torch.distributed.destroy_process_group()
