@@ -554,10 +554,9 @@ def main(arguments: list[str] | None = None) -> dict:
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot(tests, folder / "think_longer.png")
     if data.problem == "mazes" and isinstance(model, RevDEQForSemanticSegmentation):
-        size = (data.test_sizes or problem.test_sizes)[:2][-1]
-        animate(
-            model, mazes(1, size, data.problem_seed + 2, "test")[0], (data.test_steps or problem.test_steps)[-1] // 2, folder / "maze.gif"
-        )
+        size = (data.test_sizes or problem.test_sizes)[-1]
+        longest = max(mazes(8, size, data.problem_seed + 2, "test"), key=lambda row: row["length"])
+        animate(model, longest, (data.test_steps or problem.test_steps)[-1] // 2, folder / "maze.gif")
     print(f"{results['parameters']:,} parameters, greatest drift {results.get('greatest_drift')}")
     for row in tests["curve"] + tests["adaptive"]:
         shown = {name: value for name, value in row.items() if not isinstance(value, list)}
