@@ -133,17 +133,33 @@ def test_what_cannot_be_measured_is_said():
         ResidualLoss(nn.Linear(2, 2))
 
 
-def test_under_fsdp2_it_is_refused():
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_under_ddp_the_gradient_is_the_same(process_group):
+    """The block is met twice in the graph, once outside of what DDP sees as the output; the residual's part must not be missing from what is reduced."""
+    torch.manual_seed(0)
+    layer, x = ReversibleFixedPoint(Block(), max_steps=2), torch.randn(2, 6)
+    residual, found = ResidualLoss(layer), {}
+    for weight in (0.0, 3.0):
+        for model in (layer, nn.parallel.DistributedDataParallel(layer)):
+            found[model is layer, weight] = gradients(model, model(x).z.square().mean() + weight * residual())
+    for weight in (0.0, 3.0):
+        assert all(torch.equal(a, b) for a, b in zip(found[True, weight], found[False, weight], strict=True))
+    assert not any(torch.allclose(a, b) for a, b in zip(found[True, 0.0], found[True, 3.0], strict=True))
+
+
+def test_under_fsdp2_it_is_refused(process_group):
     """Its evaluation of a block would meet shards, or take the place of the solve's hooks."""
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = nn.Sequential(ReversibleFixedPoint(Block(), max_steps=2))
-        ResidualLoss(model)
-        for module in (model[0], model):
-            fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-        with pytest.raises(RuntimeError, match="which FSDP2 shards as a whole; train with DDP, or without it"):
-            model(torch.randn(2, 6))
-    finally:
-        torch.distributed.destroy_process_group()
+    model = nn.Sequential(ReversibleFixedPoint(Block(), max_steps=2))
+    ResidualLoss(model)
+    for module in (model[0], model):
+        fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+    with pytest.raises(RuntimeError, match="which FSDP2 shards as a whole; train with DDP, or without it"):
+        model(torch.randn(2, 6))

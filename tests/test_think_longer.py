@@ -100,7 +100,7 @@ def test_a_flag_that_is_not_given_is_that_of_the_problem_s_best_run(think, tmp_p
 
 
 @pytest.mark.parametrize(("problem", "size"), [("mazes", 7), ("sudoku", 50)])
-def test_what_does_not_settle_is_looked_at_from_another_side(think, tmp_path, problem, size):
+def test_what_does_not_settle_is_looked_at_from_another_side(think, problem, size):
     """What settled stays as it was; of the others the answer of the smallest residual counts, and the steps of all views."""
     made, options = think.PROBLEMS[problem], think.NetworkArguments(hidden_size=8)
     torch.manual_seed(0)
@@ -114,8 +114,8 @@ def test_what_does_not_settle_is_looked_at_from_another_side(think, tmp_path, pr
         return think.test(model, made, data, options, torch.device("cpu"))["adaptive"][0]
 
     residuals = sorted(look(1, 0.0)["residuals"])
-    tol = max(range(3, 9), key=lambda index: residuals[index + 1] - residuals[index])  # between two that differ, as they are rounded
-    tol = (residuals[tol] + residuals[tol + 1]) / 2
+    gap = max(range(3, 9), key=lambda index: residuals[index + 1] - residuals[index])  # rounded as they are, these two differ
+    tol = (residuals[gap] + residuals[gap + 1]) / 2
     once, twice, thrice = (look(views, tol) for views in (1, 2, 3))
     for less, more in ((once, twice), (twice, thrice)):
         better = 0
