@@ -333,6 +333,11 @@ def guises(puzzles: Dataset, copies: int, seed: int) -> Dataset:
     return Dataset.from_list([disguised(row) for _ in range(copies) for row in rows])
 
 
+def collate_digits(rows: list[dict[str, Any]]) -> Batch:
+    """A batch for `SudokuNetwork`: `input_ids`, the digits given, 0 for an empty cell, and `labels`, (puzzles, 81) each."""
+    return {"input_ids": torch.tensor([row["digits"] for row in rows]), "labels": torch.tensor([row["labels"] for row in rows])}
+
+
 def collate_sudoku(rows: list[dict[str, Any]]) -> Batch:
     """A batch for `RevDEQForTokenClassification` with `is_causal=False`, `vocab_size=810` and `num_labels=9`, of 81 tokens each.
 

@@ -3,7 +3,7 @@
 
     python examples/think_longer.py                                          # prefix sums: trained on 32 bits, tested on up to 512
     python examples/think_longer.py --problem mazes --output_dir runs/mazes  # mazes: trained on 9 x 9, tested on 21 x 21
-    python examples/think_longer.py --problem sudoku --output_dir runs/sudoku # Sudoku: trained on 36 givens, tested down to 26
+    python examples/think_longer.py --problem sudoku --output_dir runs/sudoku # Sudoku: trained on 26 givens, tested down to 24
     python examples/think_longer.py --problem permutations --output_dir runs/s5 # words of permutations: trained on 16 letters, tested on up to 128
     python examples/think_longer.py --network stack --depth 30               # an explicit network of as many evaluations, with weights of their own
     python examples/think_longer.py --network stack --depth 30 --hidden_size 12                         # and one of about as many parameters
@@ -29,6 +29,7 @@ import torch
 from datasets import Dataset
 from problems import (
     collate,
+    collate_digits,
     collate_mosaic,
     collate_sudoku,
     collate_words,
@@ -40,10 +41,11 @@ from problems import (
     sudoku,
     turned,
 )
+from sudoku_network import SudokuConfig, SudokuNetwork, SudokuStack
 from time_limit import MAX_MINUTES, TimedTrainer, check_minutes
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser, LlamaConfig, LlamaForTokenClassification, TrainingArguments, set_seed
+from transformers import HfArgumentParser, LlamaConfig, LlamaForTokenClassification, PreTrainedModel, TrainingArguments, set_seed
 
 from revdeq_hf import ResidualLoss, RevDEQConfig, RevDEQForSemanticSegmentation, RevDEQForTokenClassification, RevDEQVisionConfig
 from revdeq_hf.block_revdeq import RevDEQPositionNorm
@@ -64,12 +66,11 @@ class Problem:
     test_sizes: list[int]
     test_steps: list[int]
     batch: int
+    model: type[PreTrainedModel] = RevDEQForSemanticSegmentation
     train_count: int = 20_000
     channels: int = 1  # of its grids
     kernel: tuple[int, int] = (3, 3)
-    tokens: dict[str, Any] | None = (
-        None  # of the configuration, where the parts are tokens, (batch, seq), with logits in the last dimension
-    )
+    tokens: dict[str, Any] = field(default_factory=dict)  # of a language model's configuration
     train_steps: tuple[int, int] = (6, 24)  # least and most of a training batch
     test_damping: float | None = None  # None: that of the training
     view: Callable[[Dataset, int], Dataset] | None = None  # the same problems in another guise, of that number
@@ -98,7 +99,23 @@ PROBLEMS = {
         ),
     ),
     "sudoku": Problem(
-        *(sudoku, 36, [40, 32, 26], [8, 16, 32, 64, 128], 32),
+        *(sudoku, 26, [32, 28, 26, 24], [8, 16, 32, 64, 128], 16, SudokuNetwork),
+        train_count=1_000,
+        collate=collate_digits,
+        test_damping=0.5,
+        train_steps=(4, 16),
+        flags=dict(
+            hidden_size=32,
+            learning_rate=2e-3,
+            adam_beta2=0.99,
+            max_grad_norm=0.5,
+            max_steps=2000,
+            train_guises=1,
+            residual_weight=1.0,
+        ),
+    ),
+    "sudoku_tokens": Problem(
+        *(sudoku, 36, [40, 32, 26], [8, 16, 32, 64, 128], 32, RevDEQForTokenClassification),
         train_count=1_000,
         tokens=dict(vocab_size=810, num_labels=9, is_causal=False),
         collate=collate_sudoku,
@@ -107,7 +124,7 @@ PROBLEMS = {
         flags=dict(hidden_size=96, learning_rate=2e-3, max_steps=4000),
     ),
     "permutations": Problem(
-        *(permutations, 16, [16, 32, 64, 128], [8, 16, 32, 64, 128, 256], 32),
+        *(permutations, 16, [16, 32, 64, 128], [8, 16, 32, 64, 128, 256], 32, RevDEQForTokenClassification),
         train_count=40_000,
         tokens=dict(vocab_size=3, num_labels=120, use_cache=False),
         collate=collate_words,
@@ -264,6 +281,8 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
     if options.network == "stack":
         if options.model_name_or_path:
             raise ValueError("--model_name_or_path takes an equilibrium network; a stack is trained from the start")
+        if problem.model is SudokuNetwork:
+            return SudokuStack(options.hidden_size, 2 * options.hidden_size, options.depth)
         if problem.tokens:  # the same layers; the problem's mask tells what each token sees
             return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth, **problem.tokens))
         return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
@@ -277,9 +296,10 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         given["max_steps"] = most
         given["steps_sampling"] = {"distribution": "uniform", "min_steps": least, "max_steps": most} if least < most else None
     if options.model_name_or_path:
-        model_class = RevDEQForTokenClassification if problem.tokens else RevDEQForSemanticSegmentation
-        return model_class.from_pretrained(options.model_name_or_path, **given)
+        return problem.model.from_pretrained(options.model_name_or_path, **given)
     solve = {"beta": 0.8, **given}
+    if problem.model is SudokuNetwork:
+        return SudokuNetwork(SudokuConfig(hidden_size=options.hidden_size, intermediate_size=2 * options.hidden_size, **solve))
     if problem.tokens:
         return RevDEQForTokenClassification(RevDEQConfig(**layer, **solve, **problem.tokens))
     config = RevDEQVisionConfig.dense_prediction(
@@ -346,7 +366,7 @@ def examine(
         batch = problem.collate([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
         labels = batch.pop("labels")
         out: Any = model(**{name: value.to(device) for name, value in batch.items()}, **({"max_steps": steps} if layers else {}))
-        right = (out["logits"].argmax(-1 if problem.tokens else 1).cpu() == labels).flatten(1).float()
+        right = (out["logits"].argmax(1 if "pixel_values" in batch else -1).cpu() == labels).flatten(1).float()
         found = {"exact": right.min(1).values, "labels": right.mean(1)}
         if layers:
             statistics = layers[0].statistics
@@ -510,7 +530,7 @@ def main(arguments: list[str] | None = None) -> dict:
     elif (folder / "results.json").exists():
         raise FileExistsError(f"{folder} holds the results of another run; choose another --output_dir for these tests")
     weights = options.label_weights
-    if weights and (problem.tokens or len(weights) != 2 or min(weights) <= 0):
+    if weights and (problem.model is not RevDEQForSemanticSegmentation or len(weights) != 2 or min(weights) <= 0):
         raise ValueError(f"--label_weights takes two positive numbers, for the labels 0 and 1 of prefix sums or mazes, got {weights}")
     if data.test_views < 1 or (data.test_views > 1 and problem.view is None) or (data.test_views > 8 and problem.make is mazes):
         raise ValueError(f"--test_views is for mazes (1 to 8) and Sudoku (1 or more), got {data.test_views} for {data.problem}")
