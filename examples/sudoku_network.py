@@ -1,9 +1,10 @@
 """An equilibrium network for Sudoku, and for whoever wants to see a whole transformers model built around `ReversibleFixedPoint`.
 
-A cell of a puzzle with n digits has n *candidates*, one for each digit that it might hold: the network's places are these (n^3 of them, 729 for 9 x 9), all with
-the same weights. What a candidate knows of the others are the means over its *units*: the same digit in its row, its column and its box, and the other digits
-in its cell. So the rules are all that the network is told, and its answer to a puzzle in another guise (digits renamed, rows or columns permuted within
-their bands, transposed) is the same answer in that guise: it need not learn them. This is the *exchangeable* layer of Hartford et al. (arXiv 1803.02879).
+A cell of a puzzle with n digits has n *candidates*, one for each digit that it might hold: the network's places are these (n^3 of them, 729 for
+9 x 9), all with the same weights. What a candidate knows of the others are sums over its *units*: the same digit in its row, its column and its
+box, and the other digits of its cell. So the rules are all that the network is told, and its answer to a puzzle in another guise (digits renamed,
+rows or columns permuted within their bands, transposed) is the same answer in that guise: it need not learn them. (The exchangeable layers of Hartford
+et al., arXiv 1803.02879, with one unit more.)
 
     config = SudokuConfig(hidden_size=32, max_steps=12)
     model = SudokuNetwork(config)
@@ -49,17 +50,18 @@ class SudokuConfig(PreTrainedConfig):
 
 @cache
 def units(side: int) -> torch.Tensor:
-    """(3 * side, side * side): which cells lie in each row, column and box, as 1 and 0; divided by the root of their number, so that sums keep their scale."""
+    """(3 * side, side * side), float32: 1 where the cell lies in the row, the column or the box, else 0."""
     cells, root = torch.arange(side * side), math.isqrt(side)
     row, column = cells // side, cells % side
     box = root * (row // root) + column // root
-    return torch.cat([line == torch.arange(side)[:, None] for line in (row, column, box)]).float() / math.sqrt(side)
+    return torch.cat([line == torch.arange(side)[:, None] for line in (row, column, box)]).float()
 
 
 class SudokuBlock(nn.Module):
-    """`f(z, x) = LN(W ReLU(LN(V z + sum of U_k mean_k(z) + V' x)) + x)`, over the four units k of each candidate; rows and columns share their U.
+    """`f(z, x) = LN(W ReLU(LN(V z + sum_k U_k s_k(z) + V' x)) + x)`, over the four units k of each candidate; rows and columns share their U.
 
-    Like the recall block of dense prediction it has no identity path from z, so that a candidate forgets what it was before.
+    `s_k(z)` is the sum of the states in the unit, the candidate's own included, divided by the root of their number, n. Like the recall block of dense
+    prediction it has no identity path from z, so that a candidate forgets what it was before.
     """
 
     def __init__(self, hidden: int, intermediate: int) -> None:
@@ -74,12 +76,12 @@ class SudokuBlock(nn.Module):
         """z and x (puzzles, candidates, hidden): cell by cell, of each cell digit by digit."""
         puzzles, candidates, hidden = z.shape
         side = round(candidates ** (1 / 3))
-        belongs = units(side).to(z)
-        by_unit = (belongs @ z.view(puzzles, side**2, side * hidden)).view(puzzles, 3 * side, side, hidden)
+        belongs, scale = units(side).to(z), side**-0.5
+        by_unit = (scale * belongs @ z.view(puzzles, side**2, side * hidden)).view(puzzles, 3 * side, side, hidden)
         lines, boxes = by_unit.split((2 * side, side), 1)
         heard = torch.cat([self.line(lines), self.box(boxes)], 1)
         heard = belongs.T @ heard.view(puzzles, 3 * side, -1)  # (puzzles, cells, side * intermediate)
-        in_cell = self.cell(z.view(puzzles, side**2, side, hidden).sum(2, keepdim=True) / math.sqrt(side))
+        in_cell = self.cell(scale * z.view(puzzles, side**2, side, hidden).sum(2, keepdim=True))
         inner = (heard.view(puzzles, side**2, side, -1) + in_cell).view(puzzles, candidates, -1) + self.own(z) + self.given(x)
         return self.norm(self.out(F.relu(self.inner_norm(inner))) + x)
 

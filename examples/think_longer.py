@@ -18,7 +18,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from problems import (
     permutations,
     prefix_sums,
     sudoku,
+    sudoku_file,
     turned,
 )
 from sudoku_network import SudokuConfig, SudokuNetwork, SudokuStack
@@ -157,6 +158,12 @@ class ProblemArguments:
         },
     )
     test_sizes: list[int] | None = field(default=None, metadata={"help": "Sizes to test on. Default: the problem's."})
+    test_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sudoku to test on in place of drawn ones: a text file, 81 digits or dots a line. --test_count of them are taken."
+        },
+    )
     test_count: int = field(default=1_000, metadata={"help": "Problems of each size to test on with adaptive steps."})
     curve_count: int = field(default=100, metadata={"help": "So many of them also with each number of steps."})
     test_steps: list[int] | None = field(default=None, metadata={"help": "Steps to test with. Default: the problem's."})
@@ -274,18 +281,22 @@ class Stack(nn.Module):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
+def build_stack(options: NetworkArguments, problem: Problem, layer: dict[str, int]) -> nn.Module:
+    if options.model_name_or_path:
+        raise ValueError("--model_name_or_path takes an equilibrium network; a stack is trained from the start")
+    if problem.model is SudokuNetwork:
+        return SudokuStack(options.hidden_size, layer["intermediate_size"], options.depth)
+    if problem.tokens:  # the same layers; the problem's mask tells what each token sees
+        return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth, **problem.tokens))
+    return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
+
+
 def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
     if options.network not in ("equilibrium", "stack"):
         raise ValueError(f"--network must be equilibrium or stack, got {options.network!r}")
     layer = dict(hidden_size=options.hidden_size, intermediate_size=2 * options.hidden_size, num_attention_heads=4)
     if options.network == "stack":
-        if options.model_name_or_path:
-            raise ValueError("--model_name_or_path takes an equilibrium network; a stack is trained from the start")
-        if problem.model is SudokuNetwork:
-            return SudokuStack(options.hidden_size, 2 * options.hidden_size, options.depth)
-        if problem.tokens:  # the same layers; the problem's mask tells what each token sees
-            return LlamaForTokenClassification(LlamaConfig(**layer, num_hidden_layers=options.depth, **problem.tokens))
-        return Stack(problem.channels, options.hidden_size, options.depth, problem.kernel, labels=2)
+        return build_stack(options, problem, layer)
     names = ("beta", "damping", "num_restarts", "gradient", "initial_scale", "path_noise")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
     steps = options.train_steps or (None if options.model_name_or_path else problem.train_steps)
@@ -299,7 +310,7 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
         return problem.model.from_pretrained(options.model_name_or_path, **given)
     solve = {"beta": 0.8, **given}
     if problem.model is SudokuNetwork:
-        return SudokuNetwork(SudokuConfig(hidden_size=options.hidden_size, intermediate_size=2 * options.hidden_size, **solve))
+        return SudokuNetwork(SudokuConfig(hidden_size=options.hidden_size, intermediate_size=layer["intermediate_size"], **solve))
     if problem.tokens:
         return RevDEQForTokenClassification(RevDEQConfig(**layer, **solve, **problem.tokens))
     config = RevDEQVisionConfig.dense_prediction(
@@ -380,6 +391,22 @@ def examine(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def problems_to_test(problem: Problem, data: ProblemArguments) -> Iterator[tuple[int | str, Dataset]]:
+    """Each size, or the file's name, with its problems."""
+    if data.test_file:
+        yield Path(data.test_file).stem, sudoku_file(data.test_file, data.test_count, data.problem_seed + 1)
+        return
+    for size in data.test_sizes or problem.test_sizes:
+        yield size, problem.make(data.test_count, size, data.problem_seed + 1, "test")
+
+
+def how_difficult(rows: Dataset, size: int | str) -> list[int]:
+    """Cells of each maze's path, givens of each Sudoku, else the size."""
+    if "digits" in rows.column_names:
+        return [sum(digit > 0 for digit in digits) for digits in rows["digits"]]
+    return list(rows["length"]) if "length" in rows.column_names else [int(size)] * len(rows)
+
+
 def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: NetworkArguments, device: torch.device) -> Figures:
     """Accuracy at every size and number of steps, then with adaptive steps: how residual and right answers go together."""
     model.eval()
@@ -393,7 +420,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
             layer.damping = damping
     steps_tested = data.test_steps or problem.test_steps
 
-    def settle(rows: Dataset, size: int, kind: str = "") -> Figures:
+    def settle(rows: Dataset, size: int | str, kind: str = "") -> Figures:
         began = time.perf_counter()
         found = examine(model, problem, rows, device, max(steps_tested), data.tol)
         for number in range(1, data.test_views):
@@ -426,11 +453,10 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
             "residuals": [float(f"{value:.3g}") for value in found["residual"]],
             "right": right.astype(int).tolist(),
             "steps_taken": found["steps"].astype(int).tolist(),
-            "difficulty": rows["length"][:] if "length" in rows.column_names else [size] * len(rows),
+            "difficulty": how_difficult(rows, size),
         } | by_place
 
-    for size in data.test_sizes or problem.test_sizes:
-        rows = problem.make(data.test_count, size, data.problem_seed + 1, "test")
+    for size, rows in problems_to_test(problem, data):
         few = rows.select(range(min(data.curve_count, len(rows)))) if equilibrium else rows
         for steps in steps_tested if equilibrium else [options.depth]:
             began = time.perf_counter()
@@ -536,6 +562,8 @@ def main(arguments: list[str] | None = None) -> dict:
         raise ValueError(f"--test_views is for mazes (1 to 8) and Sudoku (1 or more), got {data.test_views} for {data.problem}")
     if data.tiles != 1 and (problem.make is not mazes or data.tiles < 1):
         raise ValueError(f"--tiles is for mazes and at least 1, got {data.tiles} for {data.problem}")
+    if data.test_file and problem.make is not sudoku:
+        raise ValueError(f"--test_file holds Sudoku, got --problem {data.problem}")
     set_seed(training.seed)
     model: Any = build_network(options, problem)
     results: Figures = {"problem": data.problem, "parameters": sum(p.numel() for p in model.parameters())}
