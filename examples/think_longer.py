@@ -146,10 +146,16 @@ class ProblemArguments:
         default=None, metadata={"help": "Bits, cells of a side, givens or letters of the problems to train on. Default: the problem's."}
     )
     train_count: int | None = field(
-        default=None, metadata={"help": "Problems to train on. Default: 20,000, of mazes 120,000, of Sudoku 1,000, of permutations 40,000."}
+        default=None,
+        metadata={
+            "help": "Problems to train on. Default: 20,000, of mazes 120,000, of Sudoku of either kind 1,000, of permutations 40,000."
+        },
     )
     train_guises: int = field(
-        default=100, metadata={"help": "Guises of each Sudoku to train on: digits renamed, rows and columns permuted."}
+        default=100,
+        metadata={
+            "help": "Guises of each Sudoku to train on: digits renamed, rows and columns permuted. Default: 100, of sudoku 1, whose network knows them."
+        },
     )
     tiles: int = field(
         default=1,
@@ -170,7 +176,7 @@ class ProblemArguments:
     test_views: int = field(
         default=1,
         metadata={
-            "help": "Ways to look at a maze (turned, mirrored: up to 8) or a Sudoku (in guises) in the test of adaptive steps. "
+            "help": "Ways to look at a maze (turned, mirrored: up to 8) or a Sudoku of tokens (in guises) in the test of adaptive steps. "
             "What does not settle in one is looked at in the next; the answer of the smallest residual counts."
         },
     )
@@ -178,7 +184,8 @@ class ProblemArguments:
     test_damping: float | None = field(
         default=None,
         metadata={
-            "help": "Damping in the tests, which changes no fixed point and lets more be found. Default: 0.5 for mazes and permutations, else the training's."
+            "help": "Damping in the tests, which changes no fixed point and lets more be found. "
+            "Default: 0.5 for mazes, sudoku and permutations, else the training's."
         },
     )
     problem_seed: int = field(default=1, metadata={"help": "Seed of the problems."})
@@ -218,7 +225,8 @@ class NetworkArguments:
     residual_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of the places' relative residual in the loss, growing from 0: learn to be right, then to converge. Default: 0, of mazes 1.5."
+            "help": "Weight of the places' relative residual in the loss, growing from 0: learn to be right, then to converge. "
+            "Default: 0, of mazes 1.5, of sudoku 1."
         },
     )
     label_weights: list[float] | None = field(
@@ -237,7 +245,7 @@ class ThinkingArguments(TrainingArguments):
     output_dir: str = field(default="runs/think_longer", metadata={"help": "Where the model and the results are written."})
     max_steps: int = field(default=2500, metadata={"help": "Updates."})
     per_device_train_batch_size: int = field(
-        default=0, metadata={"help": "Problems in an update. Default: 64, of mazes 8, of Sudoku and permutations 32."}
+        default=0, metadata={"help": "Problems in an update. Default: 64, of mazes 8, of sudoku 16, of sudoku_tokens and permutations 32."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     warmup_steps: float = field(default=100, metadata={"help": "Updates over which it rises; or their share, if below 1."})
@@ -559,7 +567,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if weights and (problem.model is not RevDEQForSemanticSegmentation or len(weights) != 2 or min(weights) <= 0):
         raise ValueError(f"--label_weights takes two positive numbers, for the labels 0 and 1 of prefix sums or mazes, got {weights}")
     if data.test_views < 1 or (data.test_views > 1 and problem.view is None) or (data.test_views > 8 and problem.make is mazes):
-        raise ValueError(f"--test_views is for mazes (1 to 8) and Sudoku (1 or more), got {data.test_views} for {data.problem}")
+        raise ValueError(f"--test_views is for mazes (1 to 8) and sudoku_tokens (1 or more), got {data.test_views} for {data.problem}")
     if data.tiles != 1 and (problem.make is not mazes or data.tiles < 1):
         raise ValueError(f"--tiles is for mazes and at least 1, got {data.tiles} for {data.problem}")
     if data.test_file and problem.make is not sudoku:

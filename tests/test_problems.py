@@ -164,6 +164,33 @@ def test_solutions_finds_none_two_and_all(problems):
     assert problems.solutions(broken) == []
 
 
+def test_puzzles_of_a_file(problems, tmp_path):
+    rows = list(problems.sudoku(6, 40, seed=0))
+    lines = ["".join(map(str, row["digits"])) for row in rows]
+    file = tmp_path / "puzzles.txt"
+    file.write_text("# rated\n" + lines[0].replace("0", ".") + " 11.9\n\n" + lines[1] + ",x\n" + "\n".join(lines[2:]) + "\n")
+    found = problems.sudoku_file(file, 100, seed=0).to_list()
+    assert sorted(found, key=str) == sorted(rows, key=str)
+    few = problems.sudoku_file(file, 3, seed=1).to_list()
+    assert len({str(row) for row in few}) == 3
+    assert few == problems.sudoku_file(file, 3, seed=1).to_list() != problems.sudoku_file(file, 3, seed=2).to_list()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("." * 80, r"line 2: expected 81 digits or dots \(a Sudoku row by row\), got"),
+        ("x" + "." * 80, "line 2: expected 81 digits or dots"),
+        ("." * 81, "line 2: a Sudoku must have one solution, this has more"),
+        ("11" + "." * 79, "line 2: a Sudoku must have one solution, this has none"),
+    ],
+)
+def test_a_line_that_is_no_puzzle_is_named(problems, tmp_path, line, message):
+    (tmp_path / "puzzles.txt").write_text("# puzzles\n" + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        problems.sudoku_file(tmp_path / "puzzles.txt", 5, seed=0)
+
+
 def test_guises_are_puzzles_with_one_solution(problems):
     puzzles = problems.sudoku(2, 30, seed=0)
     disguised = problems.guises(puzzles, copies=4, seed=0)
@@ -189,6 +216,10 @@ def test_batches(problems):
     assert batch["labels"].shape == (3, 7, 7)
     assert torch.equal(problems.collate_mosaic(list(mazes), tiles=1)["pixel_values"], batch["pixel_values"])
     puzzles = problems.sudoku(2, 40, seed=0)
+    assert {name: part.tolist() for name, part in problems.collate_digits(list(puzzles)).items()} == {
+        "input_ids": puzzles["digits"][:],
+        "labels": puzzles["labels"][:],
+    }
     batch = problems.collate_sudoku(list(puzzles))
     assert torch.equal(batch["input_ids"] // 10, torch.arange(81).expand(2, 81))
     assert torch.equal(batch["input_ids"] % 10, torch.tensor(puzzles["digits"][:]))

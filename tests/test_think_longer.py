@@ -43,7 +43,8 @@ def flags(**settings) -> list[str]:
     [
         ("prefix_sums", [8, 20], AutoModelForSemanticSegmentation, {"think_longer.png"}),
         ("mazes", [5, 9], AutoModelForSemanticSegmentation, {"think_longer.png", "maze.gif"}),
-        ("sudoku", [60, 40], AutoModelForTokenClassification, {"think_longer.png"}),
+        ("sudoku", [60, 40], None, {"think_longer.png"}),
+        ("sudoku_tokens", [60, 40], AutoModelForTokenClassification, {"think_longer.png"}),
         ("permutations", [12, 20], AutoModelForTokenClassification, {"think_longer.png"}),
     ],
 )
@@ -56,9 +57,9 @@ def test_every_problem_from_training_to_pictures(think, tmp_path, problem, sizes
     results = think.main(flags(**settings, path_noise=0.01, residual_weight=1.0, output_dir=tmp_path))
     assert results["greatest_drift"] == 0.0
     assert results["updates"] == 3
-    assert results["test_damping"] == (0.5 if problem in ("mazes", "permutations") else 0.0)
+    assert results["test_damping"] == (0.0 if problem in ("prefix_sums", "sudoku_tokens") else 0.5)
     assert [(row["size"], row["steps"]) for row in results["curve"]] == [(size, steps) for size in sizes for steps in (2, 6)]
-    kinds = ["", ", contradicting"] if problem == "sudoku" else [""]
+    kinds = ["", ", contradicting"] if problem.startswith("sudoku") else [""]
     assert [row["size"] for row in results["adaptive"]] == [f"{size}{kind}" for size in sizes for kind in kinds]
     for row in results["adaptive"]:
         count = 2 if "contradicting" in row["size"] else 5
@@ -74,7 +75,7 @@ def test_every_problem_from_training_to_pictures(think, tmp_path, problem, sizes
     assert files | {"results.json", "model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored["run"]["command"].startswith("python examples/think_longer.py --hidden_size 8 ")
-    model_class.from_pretrained(tmp_path)
+    (model_class or think.SudokuNetwork).from_pretrained(tmp_path)
 
     before = (tmp_path / "results.json").read_text()
     again = dict(problem=problem, test_sizes=sizes, max_steps=0, model_name_or_path=tmp_path, tol=0.05, **starts)
@@ -99,7 +100,18 @@ def test_a_flag_that_is_not_given_is_that_of_the_problem_s_best_run(think, tmp_p
         assert think.main(other)["train_loss"] != pytest.approx(found["train_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("problem", "size"), [("mazes", 7), ("sudoku", 50)])
+@pytest.mark.parametrize("problem", ["sudoku", "sudoku_tokens"])
+def test_puzzles_of_a_file(think, tmp_path, problem):
+    lines = ["".join(map(str, row["digits"])) for row in think.sudoku(4, 45, 0)]
+    (tmp_path / "hard.txt").write_text("# four\n" + "\n".join(lines))
+    train = dict(problem=problem, train_size=60, test_steps=[3], curve_count=3, test_count=3, output_dir=tmp_path / "run")
+    results = think.main(flags(**train, test_file=tmp_path / "hard.txt"))
+    assert [row["size"] for row in results["curve"]] == ["hard"]
+    assert [row["size"] for row in results["adaptive"]] == ["hard", "hard, contradicting"]
+    assert [row["difficulty"] for row in results["adaptive"]] == [[45] * 3, [46] * 3]
+
+
+@pytest.mark.parametrize(("problem", "size"), [("mazes", 7), ("sudoku_tokens", 50)])
 def test_what_does_not_settle_is_looked_at_from_another_side(think, problem, size):
     """What settled stays as it was; of the others the answer of the smallest residual counts, and the steps of all views."""
     made, options = think.PROBLEMS[problem], think.NetworkArguments(hidden_size=8)
@@ -150,7 +162,9 @@ def test_going_on_trains_as_before_but_for_the_flags(think, tmp_path):
     assert settings(train_steps=[7], gradient="reversible", initial_scale=0.0, path_noise=0.1) == (None, 7, "reversible", 0.0, 0.1)
 
 
-@pytest.mark.parametrize(("problem", "size"), [("prefix_sums", 9), ("mazes", 9), ("sudoku", 60), ("permutations", 12)])
+@pytest.mark.parametrize(
+    ("problem", "size"), [("prefix_sums", 9), ("mazes", 9), ("sudoku", 60), ("sudoku_tokens", 60), ("permutations", 12)]
+)
 def test_explicit_stacks(think, tmp_path, problem, size):
     results = think.main(
         flags(problem=problem, network="stack", depth=2, train_size=size, test_sizes=[size], output_dir=tmp_path / problem)
@@ -202,7 +216,8 @@ def test_the_residual_in_the_loss(think, tmp_path):
 def test_accumulated_batches_count_the_residual_once(think, tmp_path):
     """Token classifiers divide their loss by the labels of the whole update; a term beside it is a mean, to be divided by the batches."""
     same = dict(
-        problem="sudoku", train_size=60, test_sizes=[60], train_steps=[3], learning_rate=0, max_steps=2, residual_weight=3.0, test_count=1
+        **dict(problem="sudoku_tokens", train_size=60, test_sizes=[60], train_steps=[3], learning_rate=0, max_steps=2),
+        **dict(residual_weight=3.0, test_count=1),
     )
     once = think.main(flags(**same, per_device_train_batch_size=8, output_dir=tmp_path / "1"))
     halves = think.main(flags(**same, per_device_train_batch_size=4, gradient_accumulation_steps=2, output_dir=tmp_path / "2"))
@@ -239,16 +254,18 @@ def test_labels_that_weigh_more(think, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(problem="chess"), "--problem must be one of prefix_sums, mazes, sudoku, permutations, got 'chess'"),
+        (dict(problem="chess"), "--problem must be one of prefix_sums, mazes, sudoku, sudoku_tokens, permutations, got 'chess'"),
         (dict(network="transformer"), "--network must be equilibrium or stack, got 'transformer'"),
         (dict(network="stack", model_name_or_path="runs/x"), "takes an equilibrium network; a stack is trained from the start"),
         (dict(train_steps=[5, 3]), "--train_steps takes a number of steps, or the least and the most of them, got 5 3"),
         (dict(label_weights=[1, 0]), "--label_weights takes two positive numbers"),
         (dict(tiles=2), "--tiles is for mazes and at least 1, got 2 for prefix_sums"),
         (dict(problem="mazes", tiles=0), "--tiles is for mazes and at least 1, got 0 for mazes"),
-        (dict(test_views=2), r"--test_views is for mazes \(1 to 8\) and Sudoku \(1 or more\), got 2 for prefix_sums"),
+        (dict(test_views=2), r"--test_views is for mazes \(1 to 8\) and sudoku_tokens \(1 or more\), got 2 for prefix_sums"),
+        (dict(problem="sudoku", test_views=2), "got 2 for sudoku"),
+        (dict(problem="mazes", test_file="puzzles.txt"), "--test_file holds Sudoku, got --problem mazes"),
         (dict(problem="mazes", test_views=9), "got 9 for mazes"),
-        (dict(problem="sudoku", test_views=0), "got 0 for sudoku"),
+        (dict(problem="sudoku_tokens", test_views=0), "got 0 for sudoku_tokens"),
         (dict(num_restarts=3), "num_restarts=3 from a start state of zero would find the same 3 times"),
     ],
 )
