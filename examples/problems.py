@@ -3,7 +3,7 @@
     prefix_sums(count, bits, seed)     # running parity of a string of bits
     permutations(count, length, seed)  # running product of permutations of five things
     mazes(count, size, seed)           # the only path between two rooms
-    sudoku(count, givens, seed)        # 9 x 9, one solution
+    sudoku(count, givens, seed)        # one solution; 9 x 9, of 16 digits and more (or fewer) by `side`
     sudoku_file(path, count, seed)     # those of a file
 
 Every function takes `split="train"` (default) or `"test"`: a problem belongs to the one or the other by a checksum of what is given, so that no problem is in
@@ -12,6 +12,7 @@ both whatever the seeds and counts. `collate` makes a batch of grids, `collate_m
 """
 
 import itertools
+import math
 import random
 import re
 import zlib
@@ -223,28 +224,30 @@ def the_path(walls: np.ndarray, start: tuple[int, int], goal: tuple[int, int]) -
 
 # --- Sudoku ---
 
-Grid = list[int]  # 81 digits, row by row, 0 for an empty cell
+Grid = list[int]  # digits from 1 on, row by row, 0 for an empty cell
 
 
 @cache
-def peers() -> tuple[tuple[int, ...], ...]:
-    """Of each cell the 20 others of its row, column and box."""
+def peers(side: int = 9) -> tuple[tuple[int, ...], ...]:
+    """Of each cell the others of its row, column and box, 20 where the grid has 9 x 9 cells."""
+    root, cells = math.isqrt(side), range(side * side)
 
     def units(cell: int) -> tuple[int, int, int]:
-        row, column = divmod(cell, 9)
-        return row, column, 3 * (row // 3) + column // 3
+        row, column = divmod(cell, side)
+        return row, column, root * (row // root) + column // root
 
     return tuple(
-        tuple(other for other in range(81) if other != cell and any(a == b for a, b in zip(units(cell), units(other), strict=True)))
-        for cell in range(81)
+        tuple(other for other in cells if other != cell and any(a == b for a, b in zip(units(cell), units(other), strict=True)))
+        for cell in cells
     )
 
 
 def solutions(grid: Grid, limit: int = 2, numbers: random.Random | None = None) -> list[Grid]:
     """The first `limit` solutions, found by filling the cell with the fewest possible digits; in random order with `numbers`. None for contradicting givens."""
-    free = [0x3FE] * 81  # bit d: digit d may stand here
+    side, cells = math.isqrt(len(grid)), range(len(grid))
+    free = [(2 << side) - 2] * len(grid)  # bit d: digit d may stand here
     found: list[Grid] = []
-    filled = [0] * 81
+    filled = [0] * len(grid)
 
     def place(cell: int, digit: int, free: list[int]) -> bool:
         """Writes a digit and what follows at once from it; False at a contradiction."""
@@ -257,7 +260,7 @@ def solutions(grid: Grid, limit: int = 2, numbers: random.Random | None = None) 
                 return False
             filled[cell] = digit
             free[cell] = 1 << digit
-            for peer in peers()[cell]:
+            for peer in peers(side)[cell]:
                 if free[peer] >> digit & 1:
                     free[peer] &= ~(1 << digit)
                     if not free[peer]:
@@ -268,12 +271,12 @@ def solutions(grid: Grid, limit: int = 2, numbers: random.Random | None = None) 
 
     def search(free: list[int]) -> None:
         nonlocal filled
-        empty = [cell for cell in range(81) if not filled[cell]]
+        empty = [cell for cell in cells if not filled[cell]]
         if not empty:
             found.append(list(filled))
             return
         cell = min(empty, key=lambda cell: free[cell].bit_count())
-        digits = [digit for digit in range(1, 10) if free[cell] >> digit & 1]
+        digits = [digit for digit in range(1, side + 1) if free[cell] >> digit & 1]
         if numbers:
             numbers.shuffle(digits)
         before = list(filled)
@@ -290,21 +293,29 @@ def solutions(grid: Grid, limit: int = 2, numbers: random.Random | None = None) 
     return found
 
 
-def sudoku(count: int, givens: int, seed: int, split: str = "train") -> Dataset:
-    """Sudoku of 9 x 9 with `givens` digits given (24 to 80) and one solution.
+FEWEST_GIVENS = {4: 6, 9: 24, 16: 112}  # by the side; fewer have one solution too rarely to be drawn, or it takes too long to tell
 
-    `digits` (81): what is given, row by row, 0 for an empty cell; `labels` (81): the solution's digits less one, 0 to 8. Train and test differ by the solution,
+
+def sudoku(count: int, givens: int, seed: int, split: str = "train", side: int = 9) -> Dataset:
+    """Sudoku with `givens` digits given (24 to 80) and one solution, of 9 x 9 or `side` x `side` cells and as many digits.
+
+    `digits` (cells): what is given, row by row, 0 for an empty cell; `labels` (cells): the solution's digits less one. Train and test differ by the solution,
     not only by the givens. A full grid is drawn, then digits are taken away in random order where the solution stays the only one; few givens cost more draws
-    (about 0.015 s a puzzle at 30 givens, 0.06 s at 24).
+    (about 0.015 s a puzzle at 30 givens, 0.06 s at 24). Of side 16 (112 to 255 givens) a puzzle takes half a second, below 120 givens several; of side 4
+    there are 6 to 15 givens.
     """
-    if not 24 <= givens <= 80:
-        raise ValueError(f"givens must lie in 24 to 80 (fewer have one solution too rarely to be drawn), got {givens}")
+    if side not in FEWEST_GIVENS:
+        raise ValueError(f"side must be 4, 9 or 16, got {side}")
+    if not FEWEST_GIVENS[side] <= givens < side**2:
+        raise ValueError(
+            f"givens must lie in {FEWEST_GIVENS[side]} to {side**2 - 1} (fewer have one solution too rarely to be drawn), got {givens}"
+        )
 
     def draw(numbers: random.Random) -> dict[str, Any]:
         while True:
-            (solution,) = solutions([0] * 81, 1, numbers)
-            digits, left = list(solution), 81
-            for cell in numbers.sample(range(81), 81):
+            (solution,) = solutions([0] * side**2, 1, numbers)
+            digits, left = list(solution), side**2
+            for cell in numbers.sample(range(side**2), side**2):
                 if left == givens:
                     break
                 digit, digits[cell] = digits[cell], 0
@@ -361,7 +372,7 @@ def guises(puzzles: Dataset, copies: int, seed: int) -> Dataset:
 
 
 def collate_digits(rows: list[dict[str, Any]]) -> Batch:
-    """A batch for `SudokuNetwork`: `input_ids`, the digits given, 0 for an empty cell, and `labels`, (puzzles, 81) each."""
+    """A batch for `SudokuNetwork`: `input_ids`, the digits given, 0 for an empty cell, and `labels`, (puzzles, cells) each."""
     return {"input_ids": torch.tensor([row["digits"] for row in rows]), "labels": torch.tensor([row["labels"] for row in rows])}
 
 
@@ -389,7 +400,7 @@ def contradicting(puzzles: Dataset, seed: int) -> Dataset:
     rows = []
     for row in puzzles:
         digits = list(row["digits"])
-        cell = numbers.choice([cell for cell in range(81) if not digits[cell]])
-        digits[cell] = numbers.choice([digit for digit in range(1, 10) if digit != row["labels"][cell] + 1])
+        cell = numbers.choice([cell for cell, digit in enumerate(digits) if not digit])
+        digits[cell] = numbers.choice([digit for digit in range(1, math.isqrt(len(digits)) + 1) if digit != row["labels"][cell] + 1])
         rows.append({"digits": digits, "labels": row["labels"]})
     return Dataset.from_list(rows)

@@ -1,7 +1,7 @@
 """An equilibrium network for Sudoku, and for whoever wants to see a whole transformers model built around `ReversibleFixedPoint`.
 
 A cell of a puzzle with n digits has n *candidates*, one for each digit that it might hold: the network's places are these (n^3 of them, 729 for
-9 x 9), all with the same weights. What a candidate knows of the others are sums over its *units*: the same digit in its row, its column and its
+9 x 9), all with the same weights. What a candidate knows of the others are means over its *units*: the same digit in its row, its column and its
 box, and the other digits of its cell. So the rules are all that the network is told, and its answer to a puzzle in another guise (digits renamed,
 rows or columns permuted within their bands, transposed) is the same answer in that guise: it need not learn them. (The exchangeable layers of Hartford
 et al., arXiv 1803.02879, with one unit more.)
@@ -58,10 +58,11 @@ def units(side: int) -> torch.Tensor:
 
 
 class SudokuBlock(nn.Module):
-    """`f(z, x) = LN(W ReLU(LN(V z + sum_k U_k s_k(z) + V' x)) + x)`, over the four units k of each candidate; rows and columns share their U.
+    """`f(z, x) = LN(W ReLU(LN(V z + sum_k U_k m_k(z) + V' x)) + x)`, over the four units k of each candidate; rows and columns share their U.
 
-    `s_k(z)` is the sum of the states in the unit, the candidate's own included, divided by the root of their number, n. Like the recall block of dense
-    prediction it has no identity path from z, so that a candidate forgets what it was before.
+    `m_k(z)` is thrice the mean of the states in the unit, the candidate's own included. (Thrice, so that it has the scale of z where these are nine that
+    differ. Means, since what is learned with nine digits then carries over to sixteen, better than with sums or sums over the root of n.) Like the recall
+    block of dense prediction it has no identity path from z, so that a candidate forgets what it was before.
     """
 
     def __init__(self, hidden: int, intermediate: int) -> None:
@@ -76,7 +77,7 @@ class SudokuBlock(nn.Module):
         """z and x (puzzles, candidates, hidden): cell by cell, of each cell digit by digit."""
         puzzles, candidates, hidden = z.shape
         side = round(candidates ** (1 / 3))
-        belongs, scale = units(side).to(z), side**-0.5
+        belongs, scale = units(side).to(z), 3 / side
         by_unit = (scale * belongs @ z.view(puzzles, side**2, side * hidden)).view(puzzles, 3 * side, side, hidden)
         lines, boxes = by_unit.split((2 * side, side), 1)
         heard = torch.cat([self.line(lines), self.box(boxes)], 1)

@@ -62,7 +62,7 @@ Figures = dict[str, Any]
 class Problem:
     """What is trained and tested by default. A size is bits, cells of a side, or givens."""
 
-    make: Callable[[int, int, int, str], Dataset]
+    make: Callable[..., Dataset]  # of count, size, seed, split
     train_size: int
     test_sizes: list[int]
     test_steps: list[int]
@@ -164,6 +164,9 @@ class ProblemArguments:
         },
     )
     test_sizes: list[int] | None = field(default=None, metadata={"help": "Sizes to test on. Default: the problem's."})
+    test_side: int = field(
+        default=9, metadata={"help": "Cells of a side of the Sudoku to test on: 4, 9 or 16; --test_sizes are their givens."}
+    )
     test_file: str | None = field(
         default=None,
         metadata={
@@ -404,8 +407,9 @@ def problems_to_test(problem: Problem, data: ProblemArguments) -> Iterator[tuple
     if data.test_file:
         yield Path(data.test_file).stem, sudoku_file(data.test_file, data.test_count, data.problem_seed + 1)
         return
+    side = {} if data.test_side == 9 else {"side": data.test_side}
     for size in data.test_sizes or problem.test_sizes:
-        yield size, problem.make(data.test_count, size, data.problem_seed + 1, "test")
+        yield size, problem.make(data.test_count, size, data.problem_seed + 1, "test", **side)
 
 
 def how_difficult(rows: Dataset, size: int | str) -> list[int]:
@@ -570,6 +574,8 @@ def main(arguments: list[str] | None = None) -> dict:
         raise ValueError(f"--test_views is for mazes (1 to 8) and sudoku_tokens (1 or more), got {data.test_views} for {data.problem}")
     if data.tiles != 1 and (problem.make is not mazes or data.tiles < 1):
         raise ValueError(f"--tiles is for mazes and at least 1, got {data.tiles} for {data.problem}")
+    if data.test_side != 9 and problem.model is not SudokuNetwork:
+        raise ValueError(f"--test_side is for --problem sudoku, got {data.test_side} for {data.problem}")
     if data.test_file and problem.make is not sudoku:
         raise ValueError(f"--test_file holds Sudoku, got --problem {data.problem}")
     set_seed(training.seed)

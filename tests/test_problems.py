@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import random
 
 import numpy as np
@@ -143,6 +144,21 @@ def other_solutions(digits: list[int], known: list[int]) -> int:
     return count(list(digits))
 
 
+@pytest.mark.parametrize(("side", "givens"), [(4, 6), (4, 15), (16, 150)])
+def test_sudoku_of_other_sides(problems, side, givens):
+    root, every = math.isqrt(side), set(range(side))
+    for row in problems.sudoku(2, givens, seed=0, side=side):
+        grid = np.array(row["labels"]).reshape(side, side)
+        boxes = grid.reshape(root, root, root, root).swapaxes(1, 2).reshape(side, side)
+        assert all(set(unit) == every for unit in (*grid.tolist(), *grid.T.tolist(), *boxes.tolist()))
+        digits = np.array(row["digits"])
+        assert (digits > 0).sum() == givens
+        assert ((digits == 0) | (digits == grid.reshape(-1) + 1)).all()
+        assert problems.solutions(row["digits"]) == [(grid.reshape(-1) + 1).tolist()]
+    (wrong,) = problems.contradicting(problems.sudoku(1, givens, seed=0, side=side).select([0]), seed=0)
+    assert problems.solutions(wrong["digits"]) == []
+
+
 @pytest.mark.parametrize("givens", [24, 36, 80])
 def test_sudoku_has_one_solution_and_as_many_givens_as_asked(problems, givens):
     for row in problems.sudoku(3, givens, seed=0):
@@ -255,6 +271,8 @@ def test_a_mosaic_holds_every_maze_once_with_walls_between(problems):
     [
         (("mazes", 1, 8, 0), "size must be odd and at least 3 .*got 8"),
         (("sudoku", 1, 17, 0), "givens must lie in 24 to 80 .*got 17"),
+        (("sudoku", 1, 100, 0, "train", 16), "givens must lie in 112 to 255 .*got 100"),
+        (("sudoku", 1, 100, 0, "train", 25), "side must be 4, 9 or 16, got 25"),
         (("permutations", 1, 8, 0), "length must be at least 12 .*got 8"),
         (("prefix_sums", 1, 0, 0), "bits must be at least 1, got 0"),
         (("prefix_sums", 0, 4, 0), "count must be at least 1, got 0"),

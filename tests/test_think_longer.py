@@ -111,6 +111,14 @@ def test_puzzles_of_a_file(think, tmp_path, problem):
     assert [row["difficulty"] for row in results["adaptive"]] == [[45] * 3, [46] * 3]
 
 
+def test_trained_on_one_side_tested_on_another(think, tmp_path):
+    results = think.main(
+        flags(problem="sudoku", train_size=60, test_side=16, test_sizes=[200, 180], test_count=2, output_dir=tmp_path / "run")
+    )
+    assert [row["size"] for row in results["adaptive"]] == ["200", "200, contradicting", "180", "180, contradicting"]
+    assert [row["difficulty"] for row in results["adaptive"]] == [[200] * 2, [201] * 2, [180] * 2, [181] * 2]
+
+
 @pytest.mark.parametrize(("problem", "size"), [("mazes", 7), ("sudoku_tokens", 50)])
 def test_what_does_not_settle_is_looked_at_from_another_side(think, problem, size):
     """What settled stays as it was; of the others the answer of the smallest residual counts, and the steps of all views."""
@@ -263,6 +271,7 @@ def test_labels_that_weigh_more(think, tmp_path):
         (dict(problem="mazes", tiles=0), "--tiles is for mazes and at least 1, got 0 for mazes"),
         (dict(test_views=2), r"--test_views is for mazes \(1 to 8\) and sudoku_tokens \(1 or more\), got 2 for prefix_sums"),
         (dict(problem="sudoku", test_views=2), "got 2 for sudoku"),
+        (dict(problem="sudoku_tokens", test_side=16), "--test_side is for --problem sudoku, got 16 for sudoku_tokens"),
         (dict(problem="mazes", test_file="puzzles.txt"), "--test_file holds Sudoku, got --problem mazes"),
         (dict(problem="mazes", test_views=9), "got 9 for mazes"),
         (dict(problem="sudoku_tokens", test_views=0), "got 0 for sudoku_tokens"),
