@@ -517,8 +517,10 @@ def plot(tests: dict[str, Any], path: Path) -> None:
         )
         effort.set_yscale("log", base=2)
         effort.yaxis.set_major_formatter("{x:g}")
-        effort.legend()
-    for axes in (accuracy, effort) if tests["adaptive"] else (accuracy,):
+        effort.legend(fontsize="small")
+    difficulties = [value for row in tests["adaptive"] if "steps_by_place" not in row for value in row["difficulty"]]
+    narrow = bool(difficulties) and max(difficulties) < 2 * min(difficulties)  # givens: on a logarithmic axis hardly a tick
+    for axes in (accuracy, effort) if tests["adaptive"] and not narrow else (accuracy,):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
     figure.savefig(path, dpi=100)
