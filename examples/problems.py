@@ -242,8 +242,17 @@ def peers(side: int = 9) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def solutions(grid: Grid, limit: int = 2, numbers: random.Random | None = None) -> list[Grid]:
-    """The first `limit` solutions, found by filling the cell with the fewest possible digits; in random order with `numbers`. None for contradicting givens."""
+class TooManyGuesses(Exception):
+    """A search was given up."""
+
+
+def solutions(grid: Grid, limit: int = 2, numbers: random.Random | None = None, most_guesses: int | None = None) -> list[Grid]:
+    """The first `limit` solutions, found by filling the cell with the fewest possible digits; in random order with `numbers`. None for contradicting givens.
+
+    Raises:
+        TooManyGuesses: more than `most_guesses` cells had to be guessed. Most searches need few, some few of large grids millions.
+    """
+    guesses = 0
     side, cells = math.isqrt(len(grid)), range(len(grid))
     free = [(2 << side) - 2] * len(grid)  # bit d: digit d may stand here
     found: list[Grid] = []
@@ -270,7 +279,10 @@ def solutions(grid: Grid, limit: int = 2, numbers: random.Random | None = None) 
         return True
 
     def search(free: list[int]) -> None:
-        nonlocal filled
+        nonlocal filled, guesses
+        guesses += 1
+        if most_guesses is not None and guesses > most_guesses:
+            raise TooManyGuesses
         empty = [cell for cell in cells if not filled[cell]]
         if not empty:
             found.append(list(filled))
@@ -293,6 +305,7 @@ def solutions(grid: Grid, limit: int = 2, numbers: random.Random | None = None) 
     return found
 
 
+MOST_GUESSES = {4: None, 9: None, 16: 2_000}  # by the side, a puzzle that needs more is not drawn
 FEWEST_GIVENS = {4: 6, 9: 24, 16: 112}  # by the side; fewer have one solution too rarely to be drawn, or it takes too long to tell
 
 
@@ -311,15 +324,26 @@ def sudoku(count: int, givens: int, seed: int, split: str = "train", side: int =
             f"givens must lie in {FEWEST_GIVENS[side]} to {side**2 - 1} (fewer have one solution too rarely to be drawn), got {givens}"
         )
 
+    most = MOST_GUESSES[side]
+
+    def is_unique(digits: Grid) -> bool:
+        try:
+            return len(solutions(digits, most_guesses=most)) == 1
+        except TooManyGuesses:
+            return False  # it cannot be told
+
     def draw(numbers: random.Random) -> dict[str, Any]:
         while True:
-            (solution,) = solutions([0] * side**2, 1, numbers)
+            try:
+                (solution,) = solutions([0] * side**2, 1, numbers, most)
+            except TooManyGuesses:
+                continue
             digits, left = list(solution), side**2
             for cell in numbers.sample(range(side**2), side**2):
                 if left == givens:
                     break
                 digit, digits[cell] = digits[cell], 0
-                if len(solutions(digits)) == 1:
+                if is_unique(digits):
                     left -= 1
                 else:
                     digits[cell] = digit
