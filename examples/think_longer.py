@@ -576,8 +576,10 @@ def main(arguments: list[str] | None = None) -> dict:
         raise ValueError(f"--test_views is for mazes (1 to 8) and sudoku_tokens (1 or more), got {data.test_views} for {data.problem}")
     if data.tiles != 1 and (problem.make is not mazes or data.tiles < 1):
         raise ValueError(f"--tiles is for mazes and at least 1, got {data.tiles} for {data.problem}")
-    if data.test_side != 9 and problem.model is not SudokuNetwork:
-        raise ValueError(f"--test_side is for --problem sudoku, got {data.test_side} for {data.problem}")
+    if data.test_side != 9 and (problem.model is not SudokuNetwork or data.test_file):
+        raise ValueError(
+            f"--test_side is for puzzles that --problem sudoku draws, got {data.test_side} for {data.test_file or data.problem}"
+        )
     if data.test_file and problem.make is not sudoku:
         raise ValueError(f"--test_file holds Sudoku, got --problem {data.problem}")
     set_seed(training.seed)
