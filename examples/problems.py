@@ -3,7 +3,7 @@
     prefix_sums(count, bits, seed)     # running parity of a string of bits
     permutations(count, length, seed)  # running product of permutations of five things
     mazes(count, size, seed)           # the only path between two rooms
-    sudoku(count, givens, seed)        # one solution; 9 x 9, of 16 digits and more (or fewer) by `side`
+    sudoku(count, givens, seed)        # one solution; 9 x 9, or 4 x 4 and 16 x 16 by `side`
     sudoku_file(path, count, seed)     # those of a file
 
 Every function takes `split="train"` (default) or `"test"`: a problem belongs to the one or the other by a checksum of what is given, so that no problem is in
@@ -314,8 +314,8 @@ def sudoku(count: int, givens: int, seed: int, split: str = "train", side: int =
 
     `digits` (cells): what is given, row by row, 0 for an empty cell; `labels` (cells): the solution's digits less one. Train and test differ by the solution,
     not only by the givens. A full grid is drawn, then digits are taken away in random order where the solution stays the only one; few givens cost more draws
-    (about 0.015 s a puzzle at 30 givens, 0.06 s at 24). Of side 16 (112 to 255 givens) a puzzle takes half a second, below 120 givens several; of side 4
-    there are 6 to 15 givens.
+    (about 0.015 s a puzzle at 30 givens, 0.06 s at 24). Of side 16 (112 to 255 givens) a draw takes 0.2 to 0.6 s, and the tests take one
+    of eight; of side 4 there are 6 to 15 givens.
     """
     if side not in FEWEST_GIVENS:
         raise ValueError(f"side must be 4, 9 or 16, got {side}")
@@ -360,10 +360,12 @@ def sudoku_file(path: str | Path, count: int, seed: int) -> Dataset:
     with `#` and empty ones are skipped. Solutions are found here: 0.1 s for each of the hardest, up to a second for one of 17 givens.
 
     Raises:
-        ValueError: a line is no puzzle, or a puzzle drawn has no solution or more than one.
+        ValueError: there is no puzzle, a line is none, or a puzzle drawn has no solution or more than one.
     """
     lines = enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1)
     puzzles = [(number, re.split(r"[\s,]", line.strip())[0]) for number, line in lines if line.strip() and not line.startswith("#")]
+    if not puzzles:
+        raise ValueError(f"{path} holds no puzzle; expected lines of 81 digits or dots")
     for number, puzzle in puzzles:
         if not re.fullmatch(r"[0-9.]{81}", puzzle):
             raise ValueError(f"{path}, line {number}: expected 81 digits or dots (a Sudoku row by row), got {puzzle[:90]!r}")

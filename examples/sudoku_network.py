@@ -23,7 +23,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from revdeq_hf import ReversibleFixedPoint
 
 SOLVER_SETTINGS = (
-    *("beta", "max_steps", "tol", "gradient", "solver", "steps_sampling"),
+    *("beta", "max_steps", "tol", "gradient", "steps_sampling"),
     *("damping", "initial_scale", "path_noise", "num_restarts"),
 )
 UNKNOWN, GIVEN, EXCLUDED = range(3)  # what is given of a candidate: nothing, its digit, another digit of its cell
@@ -40,7 +40,6 @@ class SudokuConfig(PreTrainedConfig):
     max_steps: int = 12
     tol: int | float | None = None
     gradient: str = "reversible"
-    solver: str = "reversible"
     steps_sampling: dict | None = None
     damping: int | float = 0.0
     initial_scale: int | float = 0.0
@@ -48,13 +47,13 @@ class SudokuConfig(PreTrainedConfig):
     num_restarts: int = 1
 
 
-@cache
-def units(side: int) -> torch.Tensor:
-    """(3 * side, side * side), float32: 1 where the cell lies in the row, the column or the box, else 0."""
-    cells, root = torch.arange(side * side), math.isqrt(side)
+@cache  # by the device too: a copy to it at every evaluation would make the host wait
+def units(side: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(3 * side, side * side): 1 where the cell lies in the row, the column or the box, else 0."""
+    cells, root = torch.arange(side * side, device=device), math.isqrt(side)
     row, column = cells // side, cells % side
     box = root * (row // root) + column // root
-    return torch.cat([line == torch.arange(side)[:, None] for line in (row, column, box)]).float()
+    return torch.cat([line == cells[:side, None] for line in (row, column, box)]).to(dtype)
 
 
 class SudokuBlock(nn.Module):
@@ -77,7 +76,7 @@ class SudokuBlock(nn.Module):
         """z and x (puzzles, candidates, hidden): cell by cell, of each cell digit by digit."""
         puzzles, candidates, hidden = z.shape
         side = round(candidates ** (1 / 3))
-        belongs, scale = units(side).to(z), 3 / side
+        belongs, scale = units(side, z.device, z.dtype), 3 / side
         by_unit = (scale * belongs @ z.view(puzzles, side**2, side * hidden)).view(puzzles, 3 * side, side, hidden)
         lines, boxes = by_unit.split((2 * side, side), 1)
         heard = torch.cat([self.line(lines), self.box(boxes)], 1)

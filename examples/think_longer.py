@@ -582,6 +582,8 @@ def main(arguments: list[str] | None = None) -> dict:
         )
     if data.test_file and problem.make is not sudoku:
         raise ValueError(f"--test_file holds Sudoku, got --problem {data.problem}")
+    if data.test_file:
+        sudoku_file(data.test_file, 1, 0)  # what is wrong with it is told before the training
     set_seed(training.seed)
     model: Any = build_network(options, problem)
     results: Figures = {"problem": data.problem, "parameters": sum(p.numel() for p in model.parameters())}

@@ -198,6 +198,7 @@ def test_puzzles_of_a_file(problems, tmp_path):
         ("." * 80, r"line 2: expected 81 digits or dots \(a Sudoku row by row\), got"),
         ("x" + "." * 80, "line 2: expected 81 digits or dots"),
         ("." * 81, "line 2: a Sudoku must have one solution, this has more"),
+        ("", "puzzles.txt holds no puzzle; expected lines of 81 digits or dots"),
         ("11" + "." * 79, "line 2: a Sudoku must have one solution, this has none"),
     ],
 )

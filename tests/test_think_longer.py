@@ -109,6 +109,10 @@ def test_puzzles_of_a_file(think, tmp_path, problem):
     assert [row["size"] for row in results["curve"]] == ["hard"]
     assert [row["size"] for row in results["adaptive"]] == ["hard", "hard, contradicting"]
     assert [row["difficulty"] for row in results["adaptive"]] == [[45] * 3, [46] * 3]
+    (tmp_path / "broken.txt").write_text("1" * 80)
+    with pytest.raises(ValueError, match="line 1: expected 81 digits"):
+        think.main(flags(**train | dict(output_dir=tmp_path / "other"), test_file=tmp_path / "broken.txt"))
+    assert not (tmp_path / "other" / "model.safetensors").exists()  # told before the training
 
 
 def test_trained_on_one_side_tested_on_another(think, tmp_path):
