@@ -73,6 +73,7 @@ from transformers import (
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.checkpoints import checkpoint_to_resume
 from revdeq_hf.model_card import weight_hashes
+from revdeq_hf.optimizers import muon_adamw
 from revdeq_hf.report import Run, plot_runs
 from revdeq_hf.training import (
     RevDEQCallback,
@@ -128,6 +129,10 @@ class ImageTrainingArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per device in evaluation."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of Muon for matrices and convolutions; AdamW has the rest. Default or 0: AdamW alone."},
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Updates of warm-up, or their share of all if below 1."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
@@ -478,6 +483,7 @@ def main(arguments: list[str] | None = None) -> dict:
         data_collator=ImageCollator(pixels, training.channels_last),
         train_collator=ImageCollator(pixels, training.channels_last, augmentation, training.seed),
         compute_metrics=lambda p: metric.compute(predictions=logits_of(p.predictions).argmax(-1), references=p.label_ids),
+        optimizer_cls_and_kwargs=muon_adamw(training),
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
 

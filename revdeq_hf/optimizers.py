@@ -1,17 +1,38 @@
 """Muon for the matrices of a model, AdamW for the rest, as one optimizer like any other for Trainer, schedules and checkpoints. Stays off the Hub."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon for the weights of the linear layers in the model's body, torch's AdamW for embeddings, heads, norms, biases and all else.
+@contextmanager
+def _as_matrices(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within, the weights of convolutions, and their gradients, are matrices: a row for each filter. Changes made to them are kept."""
+    wholes = [(weight, weight.data, weight.grad) for weight in weights if weight.dim() > 2]
+    for weight, data, grad in wholes:
+        weight.grad = None  # it must have the shape of its data
+        weight.data = data.flatten(1)  # a copy where the memory format is channels_last
+        weight.grad = None if grad is None else grad.flatten(1)
+    try:
+        yield
+    finally:
+        for weight, data, grad in wholes:
+            matrix, weight.grad = weight.data, None
+            if matrix.data_ptr() != data.data_ptr():
+                data.copy_(matrix.view(data.shape))
+            weight.data, weight.grad = data, grad
 
-    A weight-tied block is used many times in one pass, so the gradients of its matrices are sums of many and dominated by few directions; Muon's
-    orthogonalised updates give all directions the same size. What that is worth on the word problem of S5: docs/results.md. Not tried under FSDP.
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices of the model's body, torch's AdamW for embeddings, heads, norms, biases and all else.
+
+    Matrices are the weights of linear layers and those of convolutions, a row for each filter; a convolution in groups has many small ones and is
+    AdamW's. A weight-tied block is used many times in one pass, so the gradients of its matrices are sums of many and dominated by few directions; Muon's
+    orthogonalised updates give all directions the same size. What that is worth on the word problem of S5 and on images: docs/results.md. Not tried
+    under FSDP.
 
     Args:
         model: a transformers model. Its body is `model.base_model`, so a task's head is not among the matrices.
@@ -25,7 +46,7 @@ class MuonAdamW(torch.optim.Optimizer):
     Memory: one tensor of each matrix's size for Muon, two of each other parameter's for AdamW.
 
     Raises:
-        ValueError: the body has no linear layer that is trained.
+        ValueError: the body has no matrix that is trained.
 
     Source: Jordan et al., Muon (2024); Liu et al., arXiv 2502.16982, for the scale of the updates.
     """
@@ -41,16 +62,20 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
     ) -> None:
         body = getattr(model, "base_model", model)
-        self._linear = {module.weight: None for module in body.modules() if isinstance(module, nn.Linear)}
-        matrices = [weight for weight in self._linear if weight.requires_grad]
+        layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        self._matrices = {
+            module.weight: None for module in body.modules() if isinstance(module, layers) and getattr(module, "groups", 1) == 1
+        }
+        matrices = [weight for weight in self._matrices if weight.requires_grad]
         if not matrices:
-            raise ValueError("Muon needs linear layers to train, the model's body has none (convolutions are not matrices); use AdamW")
-        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in self._linear]
+            raise ValueError("Muon needs linear layers or convolutions (of one group) to train, the model's body has none; use AdamW")
+        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in self._matrices]
         groups = [
             {"params": [parameter for parameter in others if parameter.dim() > 1], "weight_decay": weight_decay},
             {"params": [parameter for parameter in others if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
-        self.muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        with _as_matrices(matrices):
+            self.muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         filled = [group for group in groups if group["params"]]
         self.adamw = torch.optim.AdamW(filled, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
@@ -58,7 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, such as layers that were frozen at first.
 
-        Weights of the body's linear layers go to Muon, others, and a group that sets `betas`, to AdamW. What the group does not set is as it was given to
+        Matrices of the body go to Muon, others, and a group that sets `betas`, to AdamW. What the group does not set is as it was given to
         the constructor.
 
         Raises:
@@ -66,10 +91,10 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        kinds = {"betas" not in group and parameter in self._linear for parameter in group["params"]}
+        kinds = {"betas" not in group and parameter in self._matrices for parameter in group["params"]}
         if len(kinds) > 1:
             self.param_groups.pop()
-            raise ValueError("a group must hold weights of the body's linear layers, for Muon, or none of them, for AdamW; add two groups")
+            raise ValueError("a group must hold matrices of the body, for Muon, or none of them, for AdamW; add two groups")
         if True not in kinds and all(parameter.dim() <= 1 for parameter in group["params"]):
             group.setdefault("weight_decay", 0.0)
         for name, value in (self.muon if True in kinds else self.adamw).defaults.items():
@@ -83,7 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self.muon.state = self.adamw.state = self.state
 
     def __getstate__(self) -> dict[str, Any]:  # of copies; torch's has nothing but the groups and their state
-        return {**super().__getstate__(), "muon": self.muon, "adamw": self.adamw, "_linear": self._linear}
+        return {**super().__getstate__(), "muon": self.muon, "adamw": self.adamw, "_matrices": self._matrices}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of copies, and within load_state_dict
         super().__setstate__(state)
@@ -95,7 +120,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.muon.step()
+        with _as_matrices(parameter for group in self.muon.param_groups for parameter in group["params"]):
+            self.muon.step()
         self.adamw.step()
         return loss
 

@@ -107,6 +107,7 @@ def test_a_folder_with_everything_on_resumed_equals_uninterrupted_bit_for_bit(im
     arguments += ["--mixup", "0.4", "--cutmix", "1", "--erasing", "0.5", "--cutout", "3", "--label_smoothing_factor", "0.1"]
     arguments += ["--ema_decay", "0.8", "--one_cycle", "true", "--channels_last", "true", "--test_flip", "true", "--eval_strategy", "steps"]
     arguments += ["--eval_steps", "5", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "3"]
+    arguments += ["--muon_learning_rate", "0.01"]
     results = image.main([*arguments, "--output_dir", str(tmp_path / "whole")])
     assert results["updates"] == 14
     shutil.copytree(tmp_path / "whole" / "checkpoint-7", tmp_path / "cut" / "checkpoint-7")
@@ -133,6 +134,7 @@ def test_a_folder_with_everything_on_resumed_equals_uninterrupted_bit_for_bit(im
     state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
     rates = [entry["learning_rate"] for entry in state["log_history"] if "loss" in entry]
     assert min(rates) == rates[-1] < 1e-5 * max(rates)
+    assert max(rates) == pytest.approx(0.01)  # the first group is Muon's
 
 
 def test_resnet_on_the_same_data_stops_after_its_minutes_and_reloads(image, folder, tmp_path):

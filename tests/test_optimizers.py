@@ -106,14 +106,66 @@ def test_a_closure_is_called_once_and_its_loss_returned():
     assert len(calls) == 1
 
 
+def images_model() -> RevDEQForImageClassification:
+    torch.manual_seed(0)
+    sizes = dict(hidden_sizes=[16, 32], expansion_ratios=[1, 3], max_steps=2, block_type="modern", num_labels=3)
+    return RevDEQForImageClassification(RevDEQVisionConfig(**sizes))
+
+
+def test_a_row_of_a_convolution_is_a_filter_and_convolutions_in_groups_are_adamws():
+    model = images_model()
+    optimizer = MuonAdamW(model, 1e-3, 1e-2)
+    matrices = names(model, optimizer.muon.param_groups[0]["params"])
+    assert matrices == {name for name, p in model.named_parameters() if p.dim() == 4 and "depthwise" not in name}
+    assert {name.rsplit(".", 2)[-2] for name in matrices} >= {"0", "conv1", "conv2", "shortcut", "up_proj", "down_proj"}
+    weight = model.model.stages[1].block.up_proj.weight
+    weight.grad = torch.randn(weight.shape)
+    start, shape = weight.detach().clone(), weight.shape
+    matrix = torch.nn.Parameter(start.flatten(1).clone())
+    matrix.grad = weight.grad.flatten(1).clone()
+    torch.optim.Muon([matrix], lr=1e-2, weight_decay=0.0, adjust_lr_fn="match_rms_adamw").step()
+    address, gradient = weight.data_ptr(), weight.grad
+    optimizer.step()
+    assert torch.equal(weight.flatten(1), matrix)
+    assert not torch.equal(weight, start)
+    assert (weight.shape, weight.data_ptr(), weight.grad is gradient, gradient.shape) == (shape, address, True, shape)
+
+
+def test_the_memory_format_changes_neither_updates_nor_states():
+    model = images_model()
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    one, other = MuonAdamW(model, 1e-3, 1e-2), MuonAdamW(last, 1e-3, 1e-2)
+    for seed in range(3):
+        pixels = torch.randn(4, 3, 9, 7, generator=torch.Generator().manual_seed(seed))
+        model(pixels, labels=torch.arange(4) % 3).loss.backward()
+        for parameter, twin in zip(model.parameters(), last.parameters(), strict=True):  # the same, since kernels round differently
+            twin.grad = torch.empty_like(twin).copy_(parameter.grad)
+        for optimizer in (one, other):
+            optimizer.step()
+        model.zero_grad()
+    assert same(model, last)
+    assert last.model.stages[0].block.up_proj.weight.is_contiguous(memory_format=torch.channels_last)
+    states = [[state.get("momentum_buffer") for state in optimizer.state_dict()["state"].values()] for optimizer in (one, other)]
+    pairs = [(a, b) for a, b in zip(*states, strict=True) if a is not None]
+    assert len(pairs) == len(one.muon.param_groups[0]["params"])
+    assert all(torch.equal(a, b) for a, b in pairs)
+    twin = copy.deepcopy(model)
+    resumed = MuonAdamW(twin, 1.0, 1.0)
+    resumed.load_state_dict(copy.deepcopy(other.state_dict()))  # of the other format
+    for trained, by in ((model, one), (twin, resumed)):
+        pixels = torch.randn(4, 3, 9, 7, generator=torch.Generator().manual_seed(3))
+        trained(pixels, labels=torch.arange(4) % 3).loss.backward()
+        by.step()
+    assert same(model, twin)
+
+
 def test_explicit_models_too_and_networks_without_matrices_are_told():
     model = LlamaForTokenClassification(LlamaConfig(**SIZES, num_hidden_layers=2, num_labels=3))
     matrices = names(model, MuonAdamW(model, 1e-3, 1e-2).muon.param_groups[0]["params"])
     assert len(matrices) == 2 * 7
     assert not any("score" in name or "embed" in name for name in matrices)
-    images = RevDEQForImageClassification(RevDEQVisionConfig(hidden_sizes=[16], expansion_ratios=[1]))
-    with pytest.raises(ValueError, match="needs linear layers to train, the model's body has none"):
-        MuonAdamW(images, 1e-3, 1e-2)
+    with pytest.raises(ValueError, match="needs linear layers or convolutions"):
+        MuonAdamW(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=4), torch.nn.LayerNorm(4)), 1e-3, 1e-2)
 
 
 def test_a_group_that_is_added_later_is_trained_by_the_one_it_belongs_to():
