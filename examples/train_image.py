@@ -103,6 +103,9 @@ class ModelArguments:
         default=None, metadata={"help": "Block of the stages, instead of the preset's: paper, or modern, in the manner of ConvNeXt."}
     )
     stem_stride: int = field(default=1, metadata={"help": "The stem divides the resolution by so much; 2 or 4 for large images."})
+    downsample: str | None = field(
+        default=None, metadata={"help": "How the resolution falls, instead of the preset's way: residual, or max_pool, which learns faster."}
+    )
     beta: float = field(default=0.8, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1."})
     solver_steps: int | None = field(
         default=None,
@@ -244,6 +247,7 @@ def build_model(options: ModelArguments, names: list[str], shape: tuple[int, int
             hidden_sizes=options.hidden_sizes,
             expansion_ratios=options.expansion_ratios,
             block_type=options.block_type,
+            downsample=options.downsample,
             max_steps=options.solver_steps,
         )
         config = create(

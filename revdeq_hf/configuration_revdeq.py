@@ -16,6 +16,7 @@ BLOCK_TYPES = ("modern", "paper")
 VISION_BLOCK_TYPES = (*BLOCK_TYPES, "recall")
 KV_CACHES = ("per_evaluation", "shared")
 STEMS = ("batch_norm", "group_norm", "plain")
+DOWNSAMPLES = ("residual", "max_pool")
 MOST_LAYERS = 1000
 
 
@@ -223,6 +224,9 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
             GroupNorm, so that a network of one stage holds no statistics of batches; "plain", a convolution of `kernel_size` with a bias.
         stem_stride: the stem divides the resolution by so much (rounded up); its convolution is `2 * stem_stride - 1` wide, 3 at least. 1 suits small
             images such as CIFAR-10's; 2 or 4 make large ones affordable.
+        downsample: how the resolution falls, in a stem of a `stem_stride` above 1 and between stages: "residual", by convolutions of stride 2 in a
+            pre-activation residual block (in the stem by the stem's convolution), as the authors; "max_pool", by a 3x3 convolution of stride 1 and an
+            overlapping max pool, then BatchNorm and ReLU, which costs fewer parameters and learns faster (docs/image_model.md).
         residual_stages: whether a stage gives `x + z*(x)`, its input and the fixed point, or the fixed point alone.
         norm_eps: added to variances.
         initializer_range: standard deviation of the classifier's weights, whose biases start at 0; None: weights and biases uniform in
@@ -265,6 +269,7 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
     pool_size: int = 1
     stem: str = "batch_norm"
     stem_stride: int = 1
+    downsample: str = "residual"
     residual_stages: bool = True
     norm_eps: float = 1e-5
     initializer_range: int | float | None = 0.02
@@ -365,6 +370,7 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
         if len(self.steps_per_stage) != len(sizes):
             raise ValueError(f"max_steps must be a number or have one entry per stage, got {self.max_steps} for {len(sizes)} stages")
         _check_member(self, "stem", STEMS)
+        _check_member(self, "downsample", DOWNSAMPLES)
         _check_member(self, "block_type", VISION_BLOCK_TYPES)
         if len(self.kernel_sides) != 2 or any(side < 1 or side % 2 == 0 for side in self.kernel_sides):
             raise ValueError(f"kernel_size must be odd, a number or two, so that the state keeps its size, got {self.kernel_size}")

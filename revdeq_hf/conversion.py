@@ -49,7 +49,7 @@ LANGUAGE_ONLY = dict(
     is_causal=True,
     solver="reversible",
 )
-VISION_ONLY = dict(block_type="paper", stem_stride=1, group_width=16, norm_eps=1e-5, solver="reversible")
+VISION_ONLY = dict(block_type="paper", stem_stride=1, downsample="residual", group_width=16, norm_eps=1e-5, solver="reversible")
 MULTISCALE_ONLY = dict(stem="batch_norm", residual_stages=True, pool_size=1)
 SINGLESCALE_ONLY = dict(stem="group_norm", residual_stages=False, pool_size=4)
 

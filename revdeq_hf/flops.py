@@ -33,8 +33,9 @@ def training_flops(model: nn.Module) -> int:
     outside = [module for module in model.modules() if module not in inside]
     network = next((module for module in outside if isinstance(module, RevDEQVisionNetwork)), None)
     if network is not None:
-        total += _products(network.stem, shapes[0])
-        total += sum(_products(part, shape) for part, shape in zip(network.downsamples, shapes[1:], strict=True))
+        pooled = network.config.downsample == "max_pool"  # whose convolutions work before the resolution falls
+        total += _products(network.stem, shapes[0]) * (network.config.stem_stride**2 if pooled else 1)
+        total += sum(_products(part, shape) for part, shape in zip(network.downsamples, shapes if pooled else shapes[1:], strict=False))
         shape = torch.Size((shapes[0][0], 1))  # the classifier, on pooled features
         total += sum(_product(module, shape) for module in outside if isinstance(module, nn.Linear))
     elif any(isinstance(module, RevDEQPreTrainedModel) for module in outside):

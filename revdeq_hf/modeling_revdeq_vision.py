@@ -116,6 +116,27 @@ class RevDEQVisionDownsample(nn.Module):
         return self.shortcut(hidden_states) + self.conv2(torch.relu(self.norm2(inner)))
 
 
+class RevDEQVisionMaxPool(nn.Module):
+    """Between two stages of a network with `downsample="max_pool"`: (batch, in, h, w) to (batch, out, ceil(h/2), ceil(w/2)).
+
+    `relu(BN(pool(conv(x))))`: a 3x3 convolution at the resolution of its input, of which a 3x3 max pool keeps the strongest responses.
+    """
+
+    def __init__(self, channels: int, out_channels: int, eps: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+        self.pool = _max_pool(2)
+        self.norm = nn.BatchNorm2d(out_channels, eps=eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.norm(self.pool(self.conv(hidden_states))))
+
+
+def _max_pool(stride: int) -> nn.MaxPool2d:
+    """Height and width divided by `stride`, rounded up; neighbouring windows overlap."""
+    return nn.MaxPool2d(2 * stride - 1, stride, padding=stride - 1)
+
+
 @auto_docstring
 class RevDEQVisionPreTrainedModel(BundledModel, PreTrainedModel):
     config: RevDEQVisionConfig
@@ -157,17 +178,20 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
         config.validate()
         self.gradient_checkpointing = False
         sizes = config.hidden_sizes
-        stride = config.stem_stride
+        pooled = config.downsample == "max_pool"
+        stride = 1 if pooled else config.stem_stride
         sides = config.kernel_sides if config.stem == "plain" else (3, 3)
         height, width = (max(side, 2 * stride - 1) for side in sides)
         padding = (height // 2, width // 2)
         convolution = nn.Conv2d(config.num_channels, sizes[0], (height, width), stride, padding, bias=config.stem != "batch_norm")
+        stem: list[nn.Module] = [convolution]
+        if pooled and config.stem_stride > 1:
+            stem.append(_max_pool(config.stem_stride))
         if config.stem == "batch_norm":
-            self.stem = nn.Sequential(convolution, nn.BatchNorm2d(sizes[0], eps=config.norm_eps), nn.ReLU())
-        elif config.stem == "plain":
-            self.stem = nn.Sequential(convolution)
-        else:
-            self.stem = nn.Sequential(convolution, nn.GroupNorm(sizes[0] // config.group_width, sizes[0], eps=config.norm_eps))
+            stem += [nn.BatchNorm2d(sizes[0], eps=config.norm_eps), nn.ReLU()]
+        elif config.stem == "group_norm":
+            stem.append(nn.GroupNorm(sizes[0] // config.group_width, sizes[0], eps=config.norm_eps))
+        self.stem = nn.Sequential(*stem)
         self.stages = nn.ModuleList(
             ReversibleFixedPoint(
                 _make_block(config, size, ratio),
@@ -186,9 +210,10 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
             )
             for size, ratio, steps in zip(sizes, config.expansion_ratios, config.steps_per_stage, strict=True)
         )
-        self.downsamples = nn.ModuleList(RevDEQVisionDownsample(a, b, config.norm_eps) for a, b in zip(sizes, sizes[1:], strict=False))
+        downsample = RevDEQVisionMaxPool if pooled else RevDEQVisionDownsample
+        self.downsamples = nn.ModuleList(downsample(a, b, config.norm_eps) for a, b in zip(sizes, sizes[1:], strict=False))
         if len(sizes) > 1:  # FSDP refuses names of classes that the model does not hold
-            self._no_split_modules = [*self._no_split_modules, "RevDEQVisionDownsample"]
+            self._no_split_modules = [*self._no_split_modules, downsample.__name__]
 
     def compute_maps(
         self,

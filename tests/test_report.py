@@ -76,8 +76,9 @@ def test_flops_of_a_text_model_are_those_that_torch_counts(settings):
         (RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[1, 2], max_steps=[3, 2]), (33, 31)),
         (RevDEQVisionConfig.paper_cifar10_singlescale(), (32, 32)),
         (RevDEQVisionConfig(hidden_sizes=[16, 32], expansion_ratios=[3, 2], max_steps=2, block_type="modern"), (17, 16)),
+        (RevDEQVisionConfig(hidden_sizes=[16, 32, 48], expansion_ratios=[1, 2, 1], downsample="max_pool", stem_stride=2), (22, 26)),
     ],
-    ids=["two stages", "single scale", "modern"],
+    ids=["two stages", "single scale", "modern", "max pool"],
 )
 def test_flops_of_an_image_model_are_those_that_torch_counts(config, size):
     model = RevDEQForImageClassification(config).train()

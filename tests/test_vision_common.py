@@ -22,8 +22,9 @@ SEVERAL = dict(hidden_sizes=[16, 32], expansion_ratios=[1, 2], max_steps=2, grou
 SINGLE = SEVERAL | dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4, stem="group_norm", residual_stages=False)
 MODERN = SEVERAL | dict(block_type="modern")
 RECALL = SEVERAL | dict(block_type="recall", stem="plain", kernel_size=[1, 3])
+POOLED = SEVERAL | dict(downsample="max_pool")
 NETWORKS = pytest.mark.parametrize(
-    "settings", [SEVERAL, SINGLE, MODERN, RECALL], ids=["several stages", "single stage", "modern", "recall"]
+    "settings", [SEVERAL, SINGLE, MODERN, RECALL, POOLED], ids=["several stages", "single stage", "modern", "recall", "max pool"]
 )
 CLASSES = [RevDEQVisionModel, RevDEQForImageClassification, RevDEQVisionBackbone]
 IMAGES = torch.randn(2, 3, 9, 12, generator=torch.Generator().manual_seed(3))

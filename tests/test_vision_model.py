@@ -1,5 +1,7 @@
 """The image model: gradients, save and load, sizes, pipeline, and errors."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ VARIANTS = [
     dict(max_steps=[2, 14]),
     dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4),
     SINGLE,
+    dict(downsample="max_pool", stem_stride=2),
     MODERN,
     MODERN | dict(kernel_size=3, hidden_act="silu", max_steps=[14, 1], beta=0.7),
 ]
@@ -82,8 +85,12 @@ def test_outputs():
     assert out.solver_residual.shape == (2, 2)
     assert model(torch.randn(1, 3, 1, 1)).logits.shape == (1, 5)
     for stride in (2, 3, 4):  # sizes are rounded up
-        maps = small(stem_stride=stride).eval()(torch.randn(2, 3, 10, 13), output_hidden_states=True).hidden_states
-        assert maps[0].shape == (2, 16, -(-10 // stride), -(-13 // stride))
+        for stem, downsample in itertools.product(("batch_norm", "group_norm", "plain"), ("residual", "max_pool")):
+            model = small(stem_stride=stride, stem=stem, downsample=downsample).eval()
+            maps = model(torch.randn(2, 3, 10, 13), output_hidden_states=True).hidden_states
+            assert maps[0].shape == (2, 16, -(-10 // stride), -(-13 // stride))
+            assert maps[2].shape[2:] == tuple(-(-side // 2) for side in maps[1].shape[2:])
+    model = small().eval()
     assert model(torch.randn(1, 3, 8, 8), max_steps=[1, 7], output_solver_stats=True).solver_steps.tolist() == [[1, 7]]
     assert model(torch.randn(1, 3, 8, 8), return_dict=False)[0].shape == (1, 5)
 
@@ -184,6 +191,30 @@ def test_the_multi_scale_network_is_the_papers():
 
 
 @torch.no_grad()
+def test_a_max_pool_takes_the_strongest_response_of_a_window():
+    """conv at full resolution, maximum over 3x3 windows at every second place, BN, ReLU, in the stem and between the stages."""
+    model = moved(small(downsample="max_pool", stem_stride=2))
+    images = torch.randn(2, 3, 11, 8, dtype=torch.float64)
+
+    def strongest(h):
+        padded, sides = functional.pad(h, (1, 1, 1, 1), value=-torch.inf), [-(-side // 2) for side in h.shape[2:]]
+        places = itertools.product(*map(range, sides))
+        windows = [padded[:, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3].amax((2, 3)) for row, column in places]
+        return torch.stack(windows, -1).unflatten(-1, sides)
+
+    body = model.model
+    down = body.downsamples[0]
+    h = body.stem[2](strongest(functional.conv2d(images, body.stem[0].weight, padding=1))).relu()
+    assert h.shape[2:] == (6, 4)
+    h = h + solved(body.stages[0].block, h, 3, 0.8)
+    h = down.norm(strongest(functional.conv2d(h, down.conv.weight, padding=1))).relu()
+    assert h.shape[2:] == (3, 2)
+    h = h + solved(body.stages[1].block, h, 3, 0.8)
+    logits = h.mean((2, 3)) @ model.classifier.weight.T + model.classifier.bias
+    torch.testing.assert_close(model(images).logits, logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_single_scale_network_is_the_papers():
     """A convolution with bias and GroupNorm, the fixed point alone, 4x4 means, linear; no statistics of batches anywhere."""
     model = moved(RevDEQForImageClassification(RevDEQVisionConfig.paper_cifar10_singlescale()))
@@ -268,6 +299,7 @@ def test_counts_of_the_papers_network():
         (dict(hidden_sizes=[]), "non-empty"),
         (dict(gradient="exact"), "gradient must be one of"),
         (dict(num_channels=0), "num_channels"),
+        (dict(downsample="average"), "downsample must be one of 'residual', 'max_pool', got 'average'"),
         (dict(stem="layer_norm"), "stem must be one of 'batch_norm', 'group_norm', 'plain', got 'layer_norm'"),
         (dict(initializer_range=-0.1), "initializer_range"),
         (dict(num_hidden_layers=3), "number of stages, 2, got 3; set hidden_sizes"),
