@@ -104,7 +104,8 @@ class ModelArguments:
     )
     stem_stride: int = field(default=1, metadata={"help": "The stem divides the resolution by so much; 2 or 4 for large images."})
     downsample: str | None = field(
-        default=None, metadata={"help": "How the resolution falls, instead of the preset's way: residual, or max_pool, which learns faster."}
+        default=None,
+        metadata={"help": "How the resolution falls, instead of the preset's way: residual, or max_pool, which learns faster."},
     )
     beta: float = field(default=0.8, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1."})
     solver_steps: int | None = field(

@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def _as_matrices(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+def _as_matrices(weights: Iterable[torch.Tensor]) -> Iterator[None]:
     """Within, the weights of convolutions, and their gradients, are matrices: a row for each filter. Changes made to them are kept."""
     wholes = [(weight, weight.data, weight.grad) for weight in weights if weight.dim() > 2]
     for weight, data, grad in wholes:
