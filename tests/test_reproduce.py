@@ -149,9 +149,27 @@ def inner(model: torch.nn.Module) -> int:
 )
 def test_baselines_of_equal_parameters_have_them(name, equilibrium):
     variants = reproduce.load(name).variants
-    (baseline,) = [variant for variant in variants if "equal parameters" in variant]
+    baseline, *_ = [variant for variant in variants if "equal parameters" in variant]
     ratio = inner(built(name, baseline)) / inner(built(name, equilibrium))
     assert 0.85 < ratio < 1.15, f"{ratio:.2f}"
+
+
+def test_small_networks_trained_by_muon_compare_too():
+    pooled, plain, *explicit = (
+        built("image_cifar10_small", variant)
+        for variant in (
+            "equilibrium, max pools, Muon",
+            "equilibrium, 2 steps, Muon",
+            "resnet, equal parameters, Muon",
+            "resnet, equal evaluations, Muon",
+        )
+    )
+    assert 0.95 < inner(explicit[0]) / inner(pooled) < 1.05
+    assert inner(plain) < inner(pooled)
+    evaluations = [2 * steps for steps in pooled.config.steps_per_stage]
+    assert (explicit[1].config.hidden_sizes, explicit[1].config.depths) == (pooled.config.hidden_sizes, evaluations)
+    for timed, untimed in (("equilibrium, ten minutes", pooled), ("resnet, ten minutes", explicit[0])):
+        assert inner(built("image_cifar10_small", timed)) == inner(untimed)
 
 
 def test_baselines_of_equal_evaluations_have_them():
