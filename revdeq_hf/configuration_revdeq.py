@@ -226,7 +226,7 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
             images such as CIFAR-10's; 2 or 4 make large ones affordable.
         downsample: how the resolution falls, in a stem of a `stem_stride` above 1 and between stages: "residual", by convolutions of stride 2 in a
             pre-activation residual block (in the stem by the stem's convolution), as the authors; "max_pool", by a 3x3 convolution of stride 1,
-            BatchNorm, ReLU and an overlapping max pool (in the stem by the pool alone), with fewer parameters; it learns faster (docs/image_model.md).
+            BatchNorm and an overlapping max pool, behind the stem by a pool alone, with fewer parameters; it learns faster (docs/image_model.md).
         residual_stages: whether a stage gives `x + z*(x)`, its input and the fixed point, or the fixed point alone.
         norm_eps: added to variances.
         initializer_range: standard deviation of the classifier's weights, whose biases start at 0; None: weights and biases uniform in
