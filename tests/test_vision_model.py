@@ -194,6 +194,8 @@ def test_the_multi_scale_network_is_the_papers():
 def test_a_max_pool_takes_the_strongest_response_of_a_window():
     """conv at full resolution, BN, maximum over 3x3 windows at every second place, in the stem (there behind ReLU) and between the stages."""
     model = moved(small(downsample="max_pool", stem_stride=2))
+    for norm in (model.model.stem[1], model.model.downsamples[0].norm):
+        norm.weight[::2].neg_()  # or a pool ahead of the norm would be one behind it
     images = torch.randn(2, 3, 11, 8, dtype=torch.float64)
 
     def strongest(h):
