@@ -222,8 +222,8 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
         pool_size: side of the grid that features are averaged to before the classifier.
         stem: what stands before the first stage: "batch_norm", 3x3 convolution, BatchNorm, ReLU; "group_norm", 3x3 convolution with a bias and
             GroupNorm, so that a network of one stage holds no statistics of batches; "plain", a convolution of `kernel_size` with a bias.
-        stem_stride: the stem divides the resolution by so much (rounded up); its convolution is `2 * stem_stride - 1` wide, 3 at least. 1 suits small
-            images such as CIFAR-10's; 2 or 4 make large ones affordable.
+        stem_stride: the stem divides the resolution by so much (rounded up); its convolution is `2 * stem_stride - 1` wide, 3 at least (or its max
+            pool, see `downsample`). 1 suits small images such as CIFAR-10's; 2 or 4 make large ones affordable.
         downsample: how the resolution falls, in a stem of a `stem_stride` above 1 and between stages: "residual", by convolutions of stride 2 in a
             pre-activation residual block (in the stem by the stem's convolution), as the authors; "max_pool", by a 3x3 convolution of stride 1,
             BatchNorm and an overlapping max pool, behind the stem by a pool alone, with fewer parameters; it learns faster (docs/image_model.md).

@@ -35,7 +35,7 @@ def training_flops(model: nn.Module) -> int:
     if network is not None:
         pooled = network.config.downsample == "max_pool"  # whose convolutions work before the resolution falls
         total += _products(network.stem, shapes[0]) * (network.config.stem_stride**2 if pooled else 1)
-        total += sum(_products(part, shape) for part, shape in zip(network.downsamples, shapes if pooled else shapes[1:], strict=False))
+        total += sum(_products(part, shape) for part, shape in zip(network.downsamples, shapes[:-1] if pooled else shapes[1:], strict=True))
         shape = torch.Size((shapes[0][0], 1))  # the classifier, on pooled features
         total += sum(_product(module, shape) for module in outside if isinstance(module, nn.Linear))
     elif any(isinstance(module, RevDEQPreTrainedModel) for module in outside):
