@@ -419,7 +419,7 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     quality.set_xscale("log", base=2)
     quality.xaxis.set_major_formatter("{x:g}")
     if quality.lines:
-        quality.legend(fontsize="small")
+        loss.legend(fontsize="small")
     for axes in (quality, loss):
         axes.grid(alpha=0.3, which="both")
         drawn = [value for drawn in axes.lines for value in drawn.get_ydata()]
