@@ -149,9 +149,13 @@ def inner(model: torch.nn.Module) -> int:
 )
 def test_baselines_of_equal_parameters_have_them(name, equilibrium):
     variants = reproduce.load(name).variants
-    baseline, *_ = [variant for variant in variants if "equal parameters" in variant]
-    ratio = inner(built(name, baseline)) / inner(built(name, equilibrium))
-    assert 0.85 < ratio < 1.15, f"{ratio:.2f}"
+    baselines = [variant for variant in variants if "equal parameters" in variant]
+    pooled = [variant for variant in variants if variant == "equilibrium, max pools, Muon"]
+    assert len(baselines) == 1 + len(pooled)  # one for each optimizer
+    for network in (equilibrium, *pooled):
+        for baseline in baselines:
+            ratio = inner(built(name, baseline)) / inner(built(name, network))
+            assert 0.85 < ratio < 1.15, f"{baseline}, {network}: {ratio:.2f}"
 
 
 def test_small_networks_trained_by_muon_compare_too():
