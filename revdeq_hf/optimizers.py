@@ -1,29 +1,11 @@
 """Muon for the matrices of a model, AdamW for the rest, as one optimizer like any other for Trainer, schedules and checkpoints. Stays off the Hub."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-
-
-@contextmanager
-def _as_matrices(weights: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Within, the weights of convolutions, and their gradients, are matrices: a row for each filter. Changes made to them are kept."""
-    wholes = [(weight, weight.data, weight.grad) for weight in weights if weight.dim() > 2]
-    for weight, data, grad in wholes:
-        weight.grad = None  # it must have the shape of its data
-        weight.data = data.flatten(1)  # a copy where the memory format is channels_last
-        weight.grad = None if grad is None else grad.flatten(1)
-    try:
-        yield
-    finally:
-        for weight, data, grad in wholes:
-            matrix, weight.grad = weight.data, None
-            if matrix.data_ptr() != data.data_ptr():
-                data.copy_(matrix.view(data.shape))
-            weight.data, weight.grad = data, grad
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -31,8 +13,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Matrices are the weights of linear layers and those of convolutions, a row for each filter; a convolution in groups has many small ones and is
     AdamW's. A weight-tied block is used many times in one pass, so the gradients of its matrices are sums of many and dominated by few directions; Muon's
-    orthogonalised updates give all directions the same size. What that is worth on the word problem of S5 and on images: docs/results.md. Not tried
-    under FSDP.
+    orthogonalised updates give all directions the same size. What that is worth on the word problem of S5, on mazes and on images: docs/results.md,
+    docs/think_longer.md. Under FSDP2 the ranks orthogonalise whole matrices, which costs a few exchanges of each in an update; checkpoints of either kind
+    can be resumed.
 
     Args:
         model: a transformers model. Its body is `model.base_model`, so a task's head is not among the matrices.
@@ -74,8 +57,9 @@ class MuonAdamW(torch.optim.Optimizer):
             {"params": [parameter for parameter in others if parameter.dim() > 1], "weight_decay": weight_decay},
             {"params": [parameter for parameter in others if parameter.dim() <= 1], "weight_decay": 0.0},
         ]
-        with _as_matrices(matrices):
-            self.muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        shapes = [weight.detach().flatten(1) for weight in matrices]
+        self.muon = torch.optim.Muon(shapes, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        self.muon.param_groups[0]["params"] = matrices
         filled = [group for group in groups if group["params"]]
         self.adamw = torch.optim.AdamW(filled, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
@@ -120,10 +104,29 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with _as_matrices(parameter for group in self.muon.param_groups for parameter in group["params"]):
-            self.muon.step()
+        self._step_muon()
         self.adamw.step()
         return loss
+
+    def _step_muon(self) -> None:
+        """torch's Muon takes nothing but matrices: it works on views of the weights, with the weights' state."""
+        weights = {}
+        groups = []
+        for group in self.muon.param_groups:
+            views = {weight.detach().flatten(1): weight for weight in group["params"] if weight.grad is not None}
+            for view, weight in views.items():
+                view.grad = weight.grad.flatten(1)
+            weights.update(views)
+            groups.append({**group, "params": list(views)})
+        self.muon.param_groups = groups
+        self.muon.state = defaultdict(dict, {view: self.state[weight] for view, weight in weights.items()})
+        try:
+            self.muon.step()
+        finally:
+            self._share()
+        for view, weight in weights.items():
+            if not weight.is_contiguous():  # flattening has made a copy, as of channels_last
+                weight.copy_(view.view_as(weight))
 
 
 def muon_adamw(args: Any) -> tuple[Callable[[], type[MuonAdamW]], dict[str, Any]] | None:

@@ -39,6 +39,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.layer_revdeq import GRADIENT_MODES, fixed_point_layers
+from revdeq_hf.optimizers import MuonAdamW
 
 LENGTH, VOCABULARY, CLASSES, SIDE = 12, 64, 5, 8
 EVALUATED = 13  # rows, so that the last batch is uneven
@@ -63,6 +64,7 @@ class Run:
         batch, accumulation: rows of a micro-batch on each rank, micro-batches of an update.
         rows, repeated, drop_last: rows of the data set, how many of the first stand again at its end, whether an uneven last batch is left out.
         adamw: AdamW with clipped gradients. Else gradient descent without, whose steps are as large as its gradients, so that a wrong scale shows.
+        muon: as AdamW, and Muon for the matrices.
         bf16: mixed precision.
         settings: further ones of the model.
         desynchronised: the other ranks' generators are not where rank 0's is.
@@ -81,6 +83,7 @@ class Run:
     repeated: int = 0
     drop_last: bool = False
     adamw: bool = False
+    muon: bool = False
     bf16: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     desynchronised: bool = False
@@ -147,12 +150,15 @@ RUNS: dict[str, Run | Batch | Script] = {
     "one_bf16": replace(ONE, bf16=True),
     "one_noisy": replace(ONE, settings=NOISY, adamw=True, save=3),
     "one_noisy_resumed": replace(ONE, settings=NOISY, adamw=True, resume="one_noisy"),
+    "one_muon": replace(ONE, muon=True),
+    "one_image_muon": replace(ONE, model="image", muon=True),
     "ddp": DDP,
     "ddp_find_unused": replace(DDP, find_unused=None),
     "ddp_accumulated": replace(DDP, batch=2, accumulation=2),
     "ddp_13_rows": replace(DDP, rows=13),
     "ddp_drop_last": replace(DDP, rows=19, drop_last=True),
     "ddp_adamw": replace(DDP, adamw=True),
+    "ddp_muon": replace(DDP, muon=True),
     "ddp_sampled": replace(DDP, settings=SAMPLED, desynchronised=True),
     "ddp_image": replace(DDP, model="image"),
     "ddp_batch_norm": replace(DDP, model="batch_norm"),
@@ -171,6 +177,11 @@ RUNS: dict[str, Run | Batch | Script] = {
     "fsdp2_sharded": replace(FSDP2, adamw=True, save=3, sharded=True),
     "fsdp2_sharded_resumed": replace(FSDP2, adamw=True, resume="fsdp2_sharded", sharded=True),
     "fsdp2_sharded_on_one": replace(FSDP2, ranks=1, batch=8, adamw=True, resume="fsdp2_sharded", sharded=True),
+    "fsdp2_muon": replace(FSDP2, muon=True),
+    "fsdp2_image_muon": replace(FSDP2, model="image", muon=True, save=3),
+    "fsdp2_image_muon_resumed": replace(FSDP2, model="image", muon=True, resume="fsdp2_image_muon"),
+    "fsdp2_image_muon_sharded": replace(FSDP2, model="image", muon=True, save=3, sharded=True),
+    "fsdp2_image_muon_sharded_resumed": replace(FSDP2, model="image", muon=True, resume="fsdp2_image_muon_sharded", sharded=True),
     "ddp_dies": replace(DDP, dies=True),
     "fsdp2_dies": replace(FSDP2, dies=True),
     **{
@@ -295,6 +306,7 @@ def train(name: str, run: Run, folder: Path) -> None:
     """Makes a run and leaves in `folder` NAME.json and NAME.safetensors, and the steps of the other ranks in NAME.1.json and so on."""
     model = build(run.model, **run.settings)
     before = weights_of(model)
+    adaptive = run.adamw or run.muon
     sharding: dict[str, Any] = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT" if run.sharded else "FULL_STATE_DICT"}
     arguments = TrainingArguments(
         output_dir=str(folder / name),
@@ -305,10 +317,10 @@ def train(name: str, run: Run, folder: Path) -> None:
         dataloader_drop_last=run.drop_last,
         # where the rows do not come out even, their order must be the data set's, so that what is repeated can be told
         train_sampling_strategy="sequential" if run.rows % 8 else "random",
-        optim="adamw_torch" if run.adamw else "sgd",
+        optim="adamw_torch" if adaptive else "sgd",
         bf16=run.bf16,
-        learning_rate=0.01 if run.adamw else 0.3,
-        max_grad_norm=1.0 if run.adamw else 0.0,
+        learning_rate=0.01 if adaptive else 0.3,
+        max_grad_norm=1.0 if adaptive else 0.0,
         logging_steps=1,
         save_strategy="no" if run.save is None else "steps",
         save_steps=run.save or 500,
@@ -322,7 +334,14 @@ def train(name: str, run: Run, folder: Path) -> None:
     )
     watch = Watch(model, run.dies)
     rows = rows_of(run.model, run.rows, run.repeated)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows_of(run.model, EVALUATED), callbacks=[watch])
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=rows_of(run.model, EVALUATED),
+        callbacks=[watch],
+        optimizer_cls_and_kwargs=(lambda: MuonAdamW, dict(lr=0.01, muon_lr=0.01)) if run.muon else None,
+    )
     if arguments.world_size != run.ranks:
         raise RuntimeError(f"{name} is a run of {run.ranks} ranks, got {arguments.world_size}")
     if run.desynchronised:
@@ -460,6 +479,9 @@ EQUIVALENCES = (
     Equivalence("two DDP ranks with `find_unused_parameters`; without", "ddp_find_unused", "ddp", 0),
     Equivalence("AdamW, clipped gradients: two DDP ranks; one rank", "ddp_adamw", "one_adamw", 1e-4),
     Equivalence("AdamW, clipped gradients: two FSDP2 ranks; one rank", "fsdp2_full", "one_adamw", 1e-4),
+    Equivalence("Muon (orthogonalises in bfloat16): two DDP ranks; one rank", "ddp_muon", "one_muon", 0.05),
+    Equivalence("Muon (orthogonalises in bfloat16): two FSDP2 ranks; one rank", "fsdp2_muon", "one_muon", 0.05),
+    Equivalence("Muon of convolutions (orthogonalises in bfloat16): two FSDP2 ranks; one rank", "fsdp2_image_muon", "one_image_muon", 0.05),
     Equivalence("4 accumulated micro-batches; one batch", "one_accumulated", "one"),
     Equivalence("two DDP ranks, 2 accumulated micro-batches each; one batch", "ddp_accumulated", "one"),
     Equivalence("two FSDP2 ranks, 2 accumulated micro-batches each; one batch", "fsdp2_accumulated", "one"),
@@ -493,7 +515,10 @@ EQUIVALENCES = (
     Equivalence("resumed from whole weights, two FSDP2 ranks; not stopped", "fsdp2_full_resumed", "fsdp2_full", 0),
     Equivalence("resumed from shards, two FSDP2 ranks; not stopped", "fsdp2_sharded_resumed", "fsdp2_sharded", 0),
     Equivalence("resumed on one rank from the shards of two; two ranks, not stopped", "fsdp2_sharded_on_one", "fsdp2_sharded"),
+    Equivalence("Muon resumed from whole weights, two FSDP2 ranks; not stopped", "fsdp2_image_muon_resumed", "fsdp2_image_muon", 0),
+    Equivalence("Muon resumed from shards, two FSDP2 ranks; not stopped", "fsdp2_image_muon_sharded_resumed", "fsdp2_image_muon", 0),
     Equivalence("checkpoints in shards; whole", "fsdp2_sharded", "fsdp2_full", 0),
+    Equivalence("Muon, checkpoints in shards; whole", "fsdp2_image_muon_sharded", "fsdp2_image_muon", 0),
 )
 SCRIPT_EQUIVALENCES = tuple(
     Equivalence(f"`examples/{script.name}`: `accelerate launch --config_file {config}`; `python`", f"{name}_{kind}", name, 1e-4)
