@@ -83,7 +83,7 @@ PROBLEMS = {
     "prefix_sums": Problem(prefix_sums, 32, [32, 128, 512], [12, 24, 48, 96, 192], 64, kernel=(1, 3)),
     "mazes": Problem(
         *(mazes, 9, [9, 21], [12, 24, 48, 96, 192, 384], 8),
-        train_count=120_000,
+        train_count=80_000,
         channels=3,
         test_damping=0.5,
         train_steps=(8, 24),
@@ -91,9 +91,10 @@ PROBLEMS = {
         flags=dict(
             hidden_size=32,
             learning_rate=1.5e-3,
+            muon_learning_rate=5e-3,
             adam_beta2=0.99,
             max_grad_norm=0.25,
-            max_steps=15_000,
+            max_steps=8000,
             label_weights=[1.0, 30.0],
             tiles=2,
             residual_weight=1.5,
@@ -148,7 +149,7 @@ class ProblemArguments:
     train_count: int | None = field(
         default=None,
         metadata={
-            "help": "Problems to train on. Default: 20,000, of mazes 120,000, of Sudoku of either kind 1,000, of permutations 40,000."
+            "help": "Problems to train on. Default: 20,000, of mazes 80,000, of Sudoku of either kind 1,000, of permutations 40,000."
         },
     )
     train_guises: int = field(
