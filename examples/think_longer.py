@@ -87,17 +87,16 @@ PROBLEMS = {
     ),
     "mazes": Problem(
         *(mazes, 9, [9, 21], [12, 24, 48, 96, 192, 384], 8),
-        train_count=80_000,
+        train_count=120_000,
         channels=3,
         test_damping=0.5,
         train_steps=(8, 24),
         view=turned,
         flags=dict(
             learning_rate=1.5e-3,
-            muon_learning_rate=5e-3,
             adam_beta2=0.99,
             max_grad_norm=0.25,
-            max_steps=8000,
+            max_steps=15_000,
             label_weights=[1.0, 30.0],
             tiles=2,
             residual_weight=1.5,
@@ -151,7 +150,7 @@ class ProblemArguments:
     train_count: int | None = field(
         default=None,
         metadata={
-            "help": "Problems to train on. Default: 20,000, of mazes 80,000, of Sudoku of either kind 1,000, of permutations 40,000."
+            "help": "Problems to train on. Default: 20,000, of mazes 120,000, of Sudoku of either kind 1,000, of permutations 40,000."
         },
     )
     train_guises: int = field(
@@ -264,7 +263,7 @@ class ThinkingArguments(TrainingArguments):
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate of Muon for the matrices, AdamW having the rest; 0: AdamW alone. Default: 0.005, of permutations 0.01, of Sudoku 0."
+            "help": "Peak learning rate of Muon for the matrices, AdamW having the rest. Default: 0.005, of permutations 0.01, else 0, AdamW alone."
         },
     )
 
