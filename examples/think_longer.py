@@ -6,7 +6,7 @@
     python examples/think_longer.py --problem sudoku --output_dir runs/sudoku # Sudoku: trained on 26 givens, tested down to 24
     python examples/think_longer.py --problem permutations --output_dir runs/s5 # words of permutations: trained on 16 letters, tested on up to 128
     python examples/think_longer.py --network stack --depth 30               # an explicit network of as many evaluations, with weights of their own
-    python examples/think_longer.py --network stack --depth 30 --hidden_size 6 # and one of about as many parameters
+    python examples/think_longer.py --network stack --depth 26 --hidden_size 6 # and one of about as many parameters
 
 The problems are made by `problems.py`; nothing is downloaded. Every flag of TrainingArguments can be given (`--help`). The output folder holds the model,
 `results.json`, `think_longer.png` (accuracy against steps for each size, residual of right and wrong answers, steps taken), for mazes also `maze.gif`, one

@@ -64,7 +64,7 @@ class Run:
         batch, accumulation: rows of a micro-batch on each rank, micro-batches of an update.
         rows, repeated, drop_last: rows of the data set, how many of the first stand again at its end, whether an uneven last batch is left out.
         adamw: AdamW with clipped gradients. Else gradient descent without, whose steps are as large as its gradients, so that a wrong scale shows.
-        muon: as AdamW, and Muon for the matrices.
+        muon: with AdamW, Muon for the matrices.
         bf16: mixed precision.
         settings: further ones of the model.
         desynchronised: the other ranks' generators are not where rank 0's is.
@@ -150,15 +150,15 @@ RUNS: dict[str, Run | Batch | Script] = {
     "one_bf16": replace(ONE, bf16=True),
     "one_noisy": replace(ONE, settings=NOISY, adamw=True, save=3),
     "one_noisy_resumed": replace(ONE, settings=NOISY, adamw=True, resume="one_noisy"),
-    "one_muon": replace(ONE, muon=True),
-    "one_image_muon": replace(ONE, model="image", muon=True),
+    "one_muon": replace(ONE, adamw=True, muon=True),
+    "one_image_muon": replace(ONE, model="image", adamw=True, muon=True),
     "ddp": DDP,
     "ddp_find_unused": replace(DDP, find_unused=None),
     "ddp_accumulated": replace(DDP, batch=2, accumulation=2),
     "ddp_13_rows": replace(DDP, rows=13),
     "ddp_drop_last": replace(DDP, rows=19, drop_last=True),
     "ddp_adamw": replace(DDP, adamw=True),
-    "ddp_muon": replace(DDP, muon=True),
+    "ddp_muon": replace(DDP, adamw=True, muon=True),
     "ddp_sampled": replace(DDP, settings=SAMPLED, desynchronised=True),
     "ddp_image": replace(DDP, model="image"),
     "ddp_batch_norm": replace(DDP, model="batch_norm"),
@@ -177,11 +177,13 @@ RUNS: dict[str, Run | Batch | Script] = {
     "fsdp2_sharded": replace(FSDP2, adamw=True, save=3, sharded=True),
     "fsdp2_sharded_resumed": replace(FSDP2, adamw=True, resume="fsdp2_sharded", sharded=True),
     "fsdp2_sharded_on_one": replace(FSDP2, ranks=1, batch=8, adamw=True, resume="fsdp2_sharded", sharded=True),
-    "fsdp2_muon": replace(FSDP2, muon=True),
-    "fsdp2_image_muon": replace(FSDP2, model="image", muon=True, save=3),
-    "fsdp2_image_muon_resumed": replace(FSDP2, model="image", muon=True, resume="fsdp2_image_muon"),
-    "fsdp2_image_muon_sharded": replace(FSDP2, model="image", muon=True, save=3, sharded=True),
-    "fsdp2_image_muon_sharded_resumed": replace(FSDP2, model="image", muon=True, resume="fsdp2_image_muon_sharded", sharded=True),
+    "fsdp2_muon": replace(FSDP2, adamw=True, muon=True),
+    "fsdp2_image_muon": replace(FSDP2, model="image", adamw=True, muon=True, save=3),
+    "fsdp2_image_muon_resumed": replace(FSDP2, model="image", adamw=True, muon=True, resume="fsdp2_image_muon"),
+    "fsdp2_image_muon_sharded": replace(FSDP2, model="image", adamw=True, muon=True, save=3, sharded=True),
+    "fsdp2_image_muon_sharded_resumed": replace(
+        FSDP2, model="image", adamw=True, muon=True, resume="fsdp2_image_muon_sharded", sharded=True
+    ),
     "ddp_dies": replace(DDP, dies=True),
     "fsdp2_dies": replace(FSDP2, dies=True),
     **{
@@ -306,7 +308,6 @@ def train(name: str, run: Run, folder: Path) -> None:
     """Makes a run and leaves in `folder` NAME.json and NAME.safetensors, and the steps of the other ranks in NAME.1.json and so on."""
     model = build(run.model, **run.settings)
     before = weights_of(model)
-    adaptive = run.adamw or run.muon
     sharding: dict[str, Any] = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT" if run.sharded else "FULL_STATE_DICT"}
     arguments = TrainingArguments(
         output_dir=str(folder / name),
@@ -317,10 +318,10 @@ def train(name: str, run: Run, folder: Path) -> None:
         dataloader_drop_last=run.drop_last,
         # where the rows do not come out even, their order must be the data set's, so that what is repeated can be told
         train_sampling_strategy="sequential" if run.rows % 8 else "random",
-        optim="adamw_torch" if adaptive else "sgd",
+        optim="adamw_torch" if run.adamw else "sgd",
         bf16=run.bf16,
-        learning_rate=0.01 if adaptive else 0.3,
-        max_grad_norm=1.0 if adaptive else 0.0,
+        learning_rate=0.01 if run.adamw else 0.3,
+        max_grad_norm=1.0 if run.adamw else 0.0,
         logging_steps=1,
         save_strategy="no" if run.save is None else "steps",
         save_steps=run.save or 500,

@@ -196,8 +196,8 @@ def test_equal_evaluations_means_equal_convolutions(think):
     stack = think.build_network(options, problem)
     convolutions = lambda module: [m.weight.shape for m in module.modules() if isinstance(m, torch.nn.Conv2d)]  # noqa: E731
     assert convolutions(stack.blocks[0]) == convolutions(block)
-    options.hidden_size = 6
-    assert count(think.build_network(options, problem)) == pytest.approx(count(equilibrium), rel=0.2)
+    options.depth, options.hidden_size = 26, 6
+    assert count(think.build_network(options, problem)) == pytest.approx(count(equilibrium), rel=0.05)
 
 
 def test_the_residual_in_the_loss(think, tmp_path):
