@@ -14,14 +14,14 @@ autograd keep everything and sees the rounding of the states as the identity (`_
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .evaluator_revdeq import Evaluation, Evaluator, State, as_leaves, evaluate_with_graph
+from .evaluator_revdeq import Evaluation, Evaluator, State, as_leaves, evaluate_with_graph, refuse_hidden_inputs
 from .solver_revdeq import Digits, ExactState, Resolution, Scratch, per_row, resolution_for, rows
 
 RESIDUAL_FLOOR = 1e-5
@@ -188,7 +188,7 @@ class Solve:
             advance(z, f, phase)
             z_values = renew(z, z_values, f)
             if self.record:
-                self.trajectory.append(z_values)
+                self.trajectory.append(self.poisoned(z_values))
             self.taken = step + 1
             if self.steps is not None and self.active is not None:
                 self.steps = self.steps + self.active
@@ -385,7 +385,7 @@ class _Reversible(torch.autograd.Function):
             nonlocal argument_sums
             evaluation = kept.pop() if kept else evaluate_with_graph(evaluator, solve.values(still, phase), leaves)
             if number == 2 * solve.taken - 1:  # the first one met: all are of one map
-                ctx.certificate.refuse_hidden_inputs(evaluation, ctx.parameters)
+                refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves, *ctx.parameters))
             inputs = [leaf for leaf, need in zip(evaluation.leaves, argument_needed, strict=True) if need]
             outputs, seeds = [], []
             with torch.enable_grad():
@@ -411,7 +411,7 @@ class _Reversible(torch.autograd.Function):
         gz = solve.poisoned(gz)
         gy = tuple(torch.zeros_like(g) for g in gz)
         phase = solve.phase
-        with evaluator.replay():
+        with evaluator.replay(), without_hooks(parameters):
             for step in reversed(range(solve.entered)):
                 if step < solve.taken:
                     active = None if solve.steps is None else solve.steps > step
@@ -433,7 +433,7 @@ class _Reversible(torch.autograd.Function):
                     phase = segment if entered is None else torch.where(entered, segment, phase)
         start = solve.start(z0, solve.scratch())
         gaps = [torch.max(torch.abs(a.integers - b.integers)) for a, b in zip((*y, *z), start * 2, strict=True) if a.integers.numel()]
-        drift = torch.stack(gaps).max().to(torch.float32) * abs(solve.resolution.spacing(0)) if gaps else torch.zeros(())
+        drift = torch.stack(gaps).max().to(torch.float32) * abs(solve.resolution.spacing(0)) if gaps else torch.zeros((), device="cpu")
         ctx.certificate.record(drift)
         found = iter((*argument_sums, *parameter_sums.totals))
         for_start = [g if need else None for g, need in zip(gz, needed[: ctx.z0_count], strict=False)]
@@ -479,21 +479,35 @@ def refuse_other_parameters(block: nn.Module, parameters: Sequence[torch.Tensor]
         )
 
 
-def foreign_leaf(evaluation: Evaluation, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Follows the graph of one evaluation to its leaves; returns one that is not among the inputs and would silently get no gradient."""
-    known = {id(t) for t in (*evaluation.state, *evaluation.leaves, *parameters)}
-    todo = [part.grad_fn for part in evaluation.f if part.grad_fn is not None]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
-            return variable
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                todo.append(following)
-    return None
+class Unchanged:
+    """Tensors that an evaluation shall meet again as they are now, in what their memory holds."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+
+    def check(self) -> None:
+        """Raises RuntimeError where one of them has been changed in place since."""
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(tensor.shape)} that the block uses has been modified by an inplace operation between the forward and the "
+                    f"backward pass (it is at version {tensor._version}, expected version {version}), so the evaluations cannot be recomputed; change it "
+                    "after the backward pass, or out of place (h = h + layer(h).z, not h += layer(h).z)"
+                )
+
+
+@contextlib.contextmanager
+def without_hooks(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Lifts the hooks of `Tensor.register_hook`: autograd calls them for every part of a gradient that is asked of it here, and again for the sum, which
+    alone is what they were registered for."""
+    held = [(tensor, tensor._backward_hooks) for tensor in tensors if tensor._backward_hooks]
+    for tensor, _ in held:
+        tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, hooks in held:
+            tensor._backward_hooks = hooks
 
 
 def solve_plain(solve: Solve, z0: State | None) -> State:
@@ -523,6 +537,7 @@ def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[
     """Evaluations that autograd sees. Those of a number below `recompute_before` keep their inputs only, the others their graphs."""
     arguments = evaluator.tensors
     parameters = trainable_parameters(evaluator.block) if recompute_before else []
+    unchanged = Unchanged([*arguments, *evaluator.block.parameters()] if recompute_before else [])
 
     def call(state: State) -> State:
         with evaluator.precision():
@@ -530,6 +545,7 @@ def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[
 
     def recomputable(state: State) -> State:
         refuse_other_parameters(evaluator.block, parameters)
+        unchanged.check()
         return call(state)
 
     def evaluate(state: State, number: int) -> State:

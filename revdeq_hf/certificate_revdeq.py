@@ -2,13 +2,10 @@
 """The proof of a backward pass that reversed its solve: how far from the start state it arrived, and what is done about it."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-
-from .adjoint_revdeq import foreign_leaf
-from .evaluator_revdeq import Evaluation
 
 
 class DriftError(RuntimeError):
@@ -57,23 +54,12 @@ class Certificate:
 
     def __init__(self, policy: str) -> None:
         self.policy = policy
-        self.drift = torch.zeros((), dtype=torch.float32)
+        self.drift = torch.zeros((), dtype=torch.float32, device="cpu")  # models are made on the meta device
         self.reversed = False
         self.adjoint_residual: torch.Tensor | None = None
         self._glances = _Glances()
         self._new_account = True
         self._warned: set[str] = set()
-
-    def refuse_hidden_inputs(self, evaluation: Evaluation, parameters: Sequence[torch.Tensor]) -> None:
-        """Raises RuntimeError if the block uses tensors that a recomputing backward pass cannot give gradients to."""
-        foreign = foreign_leaf(evaluation, parameters)
-        if foreign is not None:
-            raise RuntimeError(
-                f"the block uses a tensor of shape {tuple(foreign.shape)} that requires grad and is neither one of its parameters nor one of "
-                "its arguments, so this backward pass cannot give it a gradient; "
-                "pass it to the layer as a context argument (a tensor, or in tuples, lists and dicts), register it as a parameter of the block, or use "
-                "gradient='backprop'. nn.DataParallel and FSDP inside the solve hide parameters so: use torchrun with DDP, or shard the layer as a whole"
-            )
 
     def open(self) -> None:
         """Called in each forward pass that will be reversed."""

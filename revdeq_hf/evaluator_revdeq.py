@@ -173,6 +173,10 @@ class Evaluator:
         is_tuple: whether states are handed to the block as a tuple.
         state: tensors of the shapes, dtype and device that the block must return.
         damping: share of the state in each value: `damping z + (1 - damping) f(z)`, which has the block's fixed points.
+
+    Attributes:
+        unfollowed: set it where gradients are on and nothing that the block is known to use wants one: the first evaluation then looks, with a graph, for what
+            it uses beside that.
     """
 
     def __init__(self, block: nn.Module, arguments: tuple, is_tuple: bool, state: State, damping: float = 0.0) -> None:
@@ -189,6 +193,7 @@ class Evaluator:
         self._changed: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that an evaluation changes, with their values before it
         self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
         self._generators: list[torch.Tensor] | None = None
+        self.unfollowed = False
         kinds = sorted({self.device.type, "cpu"} - {"meta"})
         self.autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
         self._without_autocast = [kind for kind in kinds if kind not in self.autocast]
@@ -222,7 +227,7 @@ class Evaluator:
         self._changed = [(buffer, buffer.clone()) for buffer in buffers]
         inputs = [t for t in (*state, *tensors) if not t.is_inference()]
         versions = [t._version for t in (*buffers, *inputs)]
-        with same_convolutions(self.device):
+        with same_convolutions(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or self.unfollowed):
             out = self.block(z, x, *context, **kwargs)
         moved = [t._version != version for t, version in zip((*buffers, *inputs), versions, strict=True)]
         self._changed = [pair for pair, change in zip(self._changed, moved, strict=False) if change]
@@ -232,7 +237,11 @@ class Evaluator:
                 "the block changes one of its inputs in place, so a second evaluation would meet another map; "
                 "use out-of-place operations on z, x and the context (z + x, not z.add_(x))"
             )
-        return self._damped(state, self._checked(out))
+        values = self._checked(out)
+        if self.unfollowed:
+            refuse_hidden_inputs(values, ())
+            values = tuple(value.detach() for value in values)
+        return self._damped(state, values)
 
     def _damped(self, state: State, values: State) -> State:
         if not self.damping:
@@ -316,3 +325,24 @@ def evaluate_with_graph(evaluator: Evaluator, state: State, leaves: list[torch.T
 def as_leaves(tensors: Iterable[torch.Tensor], needed: Iterable[bool]) -> list[torch.Tensor]:
     """Tensors that share memory with `tensors` and begin a graph of their own, requiring grad where it is needed."""
     return [t.detach().requires_grad_() if need else t.detach() for t, need in zip(tensors, needed, strict=True)]
+
+
+def refuse_hidden_inputs(outputs: Iterable[torch.Tensor], known: Iterable[torch.Tensor]) -> None:
+    """Follows the graph of an evaluation to its leaves; raises RuntimeError where one is not `known` and would silently get no gradient."""
+    numbers = {id(tensor) for tensor in known}
+    todo = [part.grad_fn for part in outputs if part.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        foreign = getattr(node, "variable", None)
+        if foreign is not None and id(foreign) not in numbers:
+            raise RuntimeError(
+                f"the block uses a tensor of shape {tuple(foreign.shape)} that requires grad and is neither one of its parameters nor one of "
+                "its arguments, so this gradient mode cannot give it a gradient; "
+                "pass it to the layer as a context argument (a tensor, or in tuples, lists and dicts), register it as a parameter of the block, or use "
+                "gradient='backprop'. nn.DataParallel and FSDP inside the solve hide parameters so: use torchrun with DDP, or shard the layer as a whole"
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)

@@ -61,7 +61,7 @@ def find_fixed_point(
     Args:
         solver: one of `FLOAT_SOLVERS`.
         f: maps (batch, elements) to the same.
-        z0: start state, (batch, elements).
+        z0: start state, (batch, elements), float32 or float64.
         max_steps: steps of two evaluations.
         tol: relative residual at which an example stops, or None. Costs one host synchronisation a step.
         beta: relaxation of "relaxed" and "anderson".
@@ -85,7 +85,7 @@ def find_fixed_point(
     active = torch.ones(batch, dtype=torch.bool, device=z.device)
     steps = torch.zeros(batch, dtype=torch.int64, device=z.device)
     nonfinite = torch.zeros_like(steps)
-    residual = torch.zeros(batch, device=z.device)
+    residual = torch.zeros(batch, dtype=torch.float32, device=z.device)
     evaluations = 0
     trajectory: list[torch.Tensor] = []
     step_residuals: list[torch.Tensor] = []
@@ -93,10 +93,10 @@ def find_fixed_point(
         value = f(z)
         evaluations += 1
         with torch.no_grad():
-            size = torch.linalg.vector_norm(value.float(), dim=1)
+            size = torch.linalg.vector_norm(value, dim=1)
             nonfinite += ~size.isfinite() & active
             if half % 2 == 0:
-                relative = torch.linalg.vector_norm((value - z).float(), dim=1) / (floor + size)
+                relative = (torch.linalg.vector_norm(value - z, dim=1) / (floor + size)).float()
                 residual = torch.where(active, relative, residual)
                 if record:
                     step_residuals.append(residual)

@@ -16,13 +16,15 @@ import torch
 
 from .adjoint_revdeq import (
     RESIDUAL_FLOOR,
+    Unchanged,
     refuse_double_backward,
     refuse_other_parameters,
     stored_evaluation,
     trainable_parameters,
     with_value,
+    without_hooks,
 )
-from .evaluator_revdeq import Evaluator, State, as_leaves, evaluate_with_graph
+from .evaluator_revdeq import Evaluator, State, as_leaves, evaluate_with_graph, refuse_hidden_inputs
 from .fixed_point_solvers_revdeq import FloatSolve, find_fixed_point
 from .solver_revdeq import per_row, rows
 
@@ -111,6 +113,7 @@ class _Implicit(torch.autograd.Function):
         ctx.end = count + len(evaluator.tensors)
         ctx.parameters = tensors[ctx.end :]
         ctx.save_for_backward(*tensors)
+        ctx.unchanged = Unchanged(evaluator.block.parameters())
         evaluator.tensors = []  # from here on they are the saved ones
         return tuple(part.view_as(part) for part in tensors[:count])
 
@@ -119,20 +122,23 @@ class _Implicit(torch.autograd.Function):
         refuse_double_backward()
         evaluator, settings, count = ctx.evaluator, ctx.settings, ctx.count
         refuse_other_parameters(evaluator.block, ctx.parameters)
+        ctx.unchanged.check()
         needed = ctx.needs_input_grad[4:]
-        z, arguments = ctx.saved_tensors[:count], ctx.saved_tensors[count : ctx.end]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks nothing twice
+        z, arguments = saved[:count], saved[count : ctx.end]
         leaves = as_leaves(arguments, needed[count : ctx.end])
         shapes = zip(evaluator.shapes, gradients, strict=True)
         g = flatten(tuple(torch.zeros(s, dtype=evaluator.dtype, device=evaluator.device) if x is None else x for s, x in shapes))
         with evaluator.replay():
             evaluation = evaluate_with_graph(evaluator, z, leaves)
-        ctx.certificate.refuse_hidden_inputs(evaluation, ctx.parameters)
+        refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves, *ctx.parameters))
         outputs = [part for part in evaluation.f if part.requires_grad]
         chosen = [part.requires_grad for part in evaluation.f]
 
         def pull(inputs: list[torch.Tensor], u: torch.Tensor, last: bool) -> tuple:
             weights = [part for part, keep in zip(unflatten(u, evaluator), chosen, strict=True) if keep]
-            return torch.autograd.grad(outputs, inputs, weights, retain_graph=not last, allow_unused=True)
+            with without_hooks(inputs):
+                return torch.autograd.grad(outputs, inputs, weights, retain_graph=not last, allow_unused=True)
 
         def adjoint(u: torch.Tensor) -> torch.Tensor:
             if not outputs:

@@ -4,12 +4,14 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .adjoint_revdeq import (
@@ -205,35 +207,52 @@ class ReversibleFixedPoint(nn.Module):
         super().__init__()
         if not isinstance(block, nn.Module):
             raise TypeError(f"block must be a torch.nn.Module, so that its parameters get gradients, got {type(block).__name__}")
-        check_solver_settings(beta, max_steps, tol, gradient, solver, keep_evaluations, drift_policy, steps_sampling)
         self.block = block
-        self.beta = float(rational_beta(beta))
-        if not math.isclose(self.beta, beta, rel_tol=1e-12):
-            warnings.warn(
-                f"beta={beta} is not a fraction with a denominator up to 1000; beta={rational_beta(beta)}={self.beta} is used", stacklevel=2
-            )
+        self.beta = beta
         self.max_steps = max_steps
         self.tol = tol
         self.gradient = gradient
         self.solver = solver
         self.keep_evaluations = keep_evaluations
-        if row_dims not in (1, 2):
-            raise ValueError(f"row_dims must be 1 (examples) or 2 (positions of examples), got {row_dims!r}")
         self.row_dims = row_dims
-        self.steps_sampling = None if steps_sampling is None else dict(steps_sampling)
-        check_path_settings(damping, initial_scale, path_noise, num_restarts, solver)
-        self.damping = float(damping)
-        self.initial_scale, self.path_noise, self.num_restarts = float(initial_scale), float(path_noise), num_restarts
-        for name, value in (("solver_memory", solver_memory), ("adjoint_max_steps", adjoint_max_steps), ("phantom_steps", phantom_steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
-        if not 0 <= adjoint_tol < math.inf:
-            raise ValueError(f"adjoint_tol must be a finite number >= 0, got {adjoint_tol!r}")
-        self._approximation = Approximation(solver, self.beta, solver_memory, adjoint_tol, adjoint_max_steps, phantom_steps)
+        self.steps_sampling = steps_sampling
+        self.damping, self.initial_scale, self.path_noise, self.num_restarts = damping, initial_scale, path_noise, num_restarts
+        self.solver_memory, self.phantom_steps = solver_memory, phantom_steps
+        self.adjoint_tol, self.adjoint_max_steps = adjoint_tol, adjoint_max_steps
         self.statistics: SolveStatistics | None = None
         self._compiled_block: list[CompiledBlock] = []  # in a list, which does not make it a submodule
         self._compiled = False  # by `compile`: also for callers that are not compiled
         self._certificate = Certificate(drift_policy)
+        self._check_settings()
+        self.steps_sampling = None if steps_sampling is None else dict(steps_sampling)
+
+    def _check_settings(self) -> None:
+        """Raises ValueError unless the settings suit one another: as they were given, and in each solve, since they may be set later."""
+        check_solver_settings(
+            self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
+        )
+        check_path_settings(self.damping, self.initial_scale, self.path_noise, self.num_restarts, self.solver)
+        if self.row_dims not in (1, 2):
+            raise ValueError(f"row_dims must be 1 (examples) or 2 (positions of examples), got {self.row_dims!r}")
+        for name in ("solver_memory", "adjoint_max_steps", "phantom_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not 0 <= self.adjoint_tol < math.inf:
+            raise ValueError(f"adjoint_tol must be a finite number >= 0, got {self.adjoint_tol!r}")
+
+    @property
+    def beta(self) -> float:
+        return self._beta
+
+    @beta.setter
+    def beta(self, beta: float) -> None:
+        self._beta = float(rational_beta(beta))
+        if not math.isclose(self._beta, beta, rel_tol=1e-12):
+            warnings.warn(
+                f"beta={beta} is not a fraction with a denominator up to 1000; beta={rational_beta(beta)}={self._beta} is used",
+                stacklevel=4,
+            )
 
     @property
     def drift(self) -> torch.Tensor:
@@ -250,6 +269,10 @@ class ReversibleFixedPoint(nn.Module):
     @property
     def drift_policy(self) -> str:
         return self._certificate.policy
+
+    @drift_policy.setter
+    def drift_policy(self, policy: str) -> None:
+        self._certificate.policy = _check_choice("drift_policy", policy, DRIFT_POLICIES)
 
     @property
     def draws_steps(self) -> bool:
@@ -295,6 +318,9 @@ class ReversibleFixedPoint(nn.Module):
             ValueError, TypeError: arguments, or what the block returns, do not fit; nothing has been changed then.
             DriftError: in the backward pass, see `drift_policy`.
         """
+        if not torch.compiler.is_compiling():
+            self._check_settings()
+            refuse_uninitialised(self.block)
         if num_restarts is not None:
             check_path_settings(self.damping, self.initial_scale, self.path_noise, num_restarts, self.solver)
         restarts = self.num_restarts if num_restarts is None else num_restarts
@@ -366,7 +392,6 @@ class ReversibleFixedPoint(nn.Module):
         self, z0, x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs, block: nn.Module | None = None
     ) -> FixedPointSolution:
         block = self.block if block is None else block
-        refuse_function_transforms()
         mode = self.gradient if gradient is None else _check_choice("gradient", gradient, GRADIENT_MODES)
         _check_combination(mode, self.solver)
         state = _check_state(x if z0 is None else z0, "x" if z0 is None else "z0", self.row_dims)
@@ -385,13 +410,16 @@ class ReversibleFixedPoint(nn.Module):
             steps = self.max_steps
         is_tuple = isinstance(x if z0 is None else z0, tuple)
         evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, self.damping)
+        refuse_function_transforms([*state, *evaluator.tensors, *self.block.parameters()])
         start = None if z0 is None else state
-        # what stored backpropagation follows need not be among the arguments: keys in a cache, for example
+        # what autograd follows by itself need not be among the arguments: keys in a cache, for example
         wants_gradient = torch.is_grad_enabled() and (
-            mode == "backprop"
+            mode in ("backprop", "checkpoint", "phantom")
             or any(t.requires_grad for t in (*(start or ()), *evaluator.tensors))
             or bool(trainable_parameters(self.block))
         )
+        # of a compiled block an evaluation with a graph would be another program
+        evaluator.unfollowed = torch.is_grad_enabled() and not wants_gradient and not evaluator.compiled
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _undone_on_failure(evaluator, state):
             statistics, z, states, residuals = self._run(evaluator, start, steps, mode, wants_gradient, output_trajectory, measure_mask)
         self.statistics = statistics
@@ -417,9 +445,12 @@ class ReversibleFixedPoint(nn.Module):
             self._certificate.catch_up()
         recompute_before = 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0
         follow = wants_gradient and mode in EXACT_MODES
+        approximation = Approximation(
+            self.solver, self.beta, self.solver_memory, self.adjoint_tol, self.adjoint_max_steps, self.phantom_steps
+        )
         if self.solver == "reversible":
             noise = self.path_noise if self._learns else 0.0
-            seed = int(torch.randint(2**62, ())) if noise else 0
+            seed = int(torch.randint(2**62, (), device="cpu")) if noise else 0
             solve = Solve(evaluator, self.beta, steps, self.tol, self.row_dims, record, noise, seed, measure_mask)
             if not follow:
                 z = solve_plain(solve, start)
@@ -437,7 +468,7 @@ class ReversibleFixedPoint(nn.Module):
                 self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
             recomputed = recompute_before if follow else None
-            z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recomputed, self.row_dims, record)
+            z, found = solve_float(evaluator, start, steps, self.tol, approximation, recomputed, self.row_dims, record)
             states, residuals = [unflatten(state, evaluator, self.row_dims) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
             statistics = SolveStatistics(found.steps, found.residual, found.evaluations, evaluator.shapes, clamped, found.nonfinite)
@@ -446,9 +477,9 @@ class ReversibleFixedPoint(nn.Module):
         if mode not in EXACT_MODES:
             evaluator.damping = 0.0  # these take the block itself, and relax by beta
         if wants_gradient and mode == "implicit":
-            z = attach_implicit(evaluator, z, self._approximation, self._certificate)
+            z = attach_implicit(evaluator, z, approximation, self._certificate)
         elif wants_gradient and mode == "phantom":
-            z = attach_phantom(evaluator, z, self._approximation)
+            z = attach_phantom(evaluator, z, approximation)
         return statistics, z, states, residuals
 
 
@@ -459,10 +490,14 @@ def fixed_point_layers(model: nn.Module) -> list[tuple[str, ReversibleFixedPoint
 
 def better_of(one: FixedPointSolution, other: FixedPointSolution) -> FixedPointSolution:
     """For each example the solution of the smaller residual (mean over its positions); the evaluations are those of both."""
-    assert one.residual is not None
-    assert other.residual is not None
-    mean = lambda residual: residual.flatten(1).mean(1) if residual.dim() > 1 else residual  # noqa: E731
-    other_is_better = (mean(other.residual) < mean(one.residual)) | mean(one.residual).isnan()
+
+    def rank(solution: FixedPointSolution) -> torch.Tensor:
+        assert solution.residual is not None
+        bad = (solution.nonfinite > 0) | solution.residual.isnan()  # the residual alone tells only whether the last evaluation was finite
+        residual = solution.residual.masked_fill(bad, math.inf)
+        return residual.flatten(1).mean(1) if residual.dim() > 1 else residual
+
+    other_is_better = rank(other) < rank(one)
 
     def choose(a, b):
         return tuple(map(choose, a, b)) if isinstance(a, tuple) else torch.where(per_row(other_is_better, a), b, a)
@@ -529,6 +564,16 @@ def _check_combination(gradient: str, solver: str) -> None:
     raise ValueError(f"gradient={gradient!r} cannot go with solver={solver!r}; use gradient={allowed}, or solver='reversible'")
 
 
+def refuse_uninitialised(block: nn.Module) -> None:
+    """Raises RuntimeError for lazy modules that have not seen an input yet: they would change their parameters within the solve."""
+    for name, parameter in block.named_parameters():
+        if is_lazy(parameter):
+            raise RuntimeError(
+                f"the block's parameter {name!r} has no shape yet (a lazy module), and would get it within the solve; call the block once before: "
+                "with torch.no_grad(): layer.block(z, x)"
+            )
+
+
 def refuse_training_batchnorm(block: nn.Module) -> None:
     """Raises ValueError if the block holds batch normalisation in training mode: its statistics couple the examples and change at every call."""
     for name, module in block.named_modules():
@@ -548,11 +593,13 @@ def refuse_cached_parametrizations(block: nn.Module) -> None:
         )
 
 
-def refuse_function_transforms() -> None:
-    """Raises RuntimeError inside torch.func.grad, vjp, jvp, jacrev, jacfwd or vmap."""
-    if torch._C._are_functorch_transforms_active():
+def refuse_function_transforms(tensors: Iterable[torch.Tensor]) -> None:
+    """Raises RuntimeError inside torch.func.grad, vjp, jvp, jacrev, jacfwd or vmap, and where one of the tensors has a tangent of forward-mode derivatives."""
+    dual = forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if dual or torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "ReversibleFixedPoint cannot be transformed by torch.func (grad, vjp, jvp, vmap, ...): its states are changed in place; use "
+            "ReversibleFixedPoint cannot be transformed by torch.func (grad, vjp, jvp, vmap, ...) and has no forward-mode derivative: its states are "
+            "changed in place; use "
             "torch.autograd.grad or backward(), with gradient='backprop' for second derivatives, and batch examples along the first dimension"
         )
 

@@ -286,7 +286,9 @@ class Scratch:
 
     def _table(self, name: str, numbers: Callable[[], list], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         if name not in self._tables:
-            self._tables[name] = torch.tensor(numbers(), dtype=dtype).to(device, non_blocking=True)  # the host need not wait for it
+            self._tables[name] = torch.tensor(numbers(), dtype=dtype, device="cpu").to(
+                device, non_blocking=True
+            )  # the host need not wait for it
         return self._tables[name]
 
     def spacings(self, resolution: Resolution, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import awake, make_block, relative_error
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
 from revdeq_hf import (
     FixedPointSolution,
@@ -184,6 +185,23 @@ def test_a_failed_restart_is_not_chosen():
     assert better_of(solution([nan, 1, 0.5, nan]), solution([1, nan, 0.2, nan])).residual.nan_to_num(-1).tolist() == pytest.approx(
         [1, 1, 0.2, -1]
     )
+
+
+def test_a_restart_that_was_not_finite_at_any_time_is_not_chosen():
+    class Bounded(nn.Module):
+        """Undefined far from the origin, where some of the starts lie; what is seen of a state that was there once looks converged in the end."""
+
+        def forward(self, z, x):
+            return torch.where(z.abs().amax(1, keepdim=True) > 1.6, torch.nan, 0.5 * torch.tanh(z) + x)
+
+    torch.manual_seed(0)
+    layer, x = ReversibleFixedPoint(Bounded(), max_steps=8, initial_scale=1.0, num_restarts=8).eval(), 0.1 * torch.randn(3, 4)
+    alone = [layer(x, z0=layer._start(x, number)) for number in range(8)]
+    assert any(solution.nonfinite.any() and solution.residual.isfinite().all() for solution in alone)
+    found = layer(x)
+    assert found.z.isfinite().all()
+    finite = torch.stack([solution.residual.masked_fill(solution.nonfinite > 0, torch.inf) for solution in alone])
+    assert torch.equal(found.residual, finite.amin(0))
 
 
 def residuals_from_each_start(layer, solve) -> torch.Tensor:

@@ -1,0 +1,227 @@
+"""What surrounds a solve and must neither be lost nor pass unnoticed: hooks of parameters, closures, changes in place, settings set later."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from revdeq_hf import ReversibleFixedPoint
+
+MODES = ["reversible", "checkpoint", "backprop", "implicit", "phantom"]
+RECOMPUTING = ["reversible", "checkpoint", "implicit"]
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.linear(z) + x)
+
+
+def start() -> torch.Tensor:
+    return torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_a_parameters_hook_sees_the_whole_gradient_once(gradient):
+    layer = ReversibleFixedPoint(Block(), max_steps=5, gradient=gradient)
+    weight, seen = layer.block.linear.weight, []
+    layer(start()).z.sum().backward()
+    plain, weight.grad = weight.grad, None
+    handle = weight.register_hook(lambda gradient: (seen.append(gradient.clone()), gradient + 1)[1])
+    layer(start()).z.sum().backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], plain)
+    assert torch.equal(weight.grad, plain + 1)
+    handle.remove()
+    weight.grad = None
+    layer(start()).z.sum().backward()
+    assert torch.equal(weight.grad, plain)
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_hooks_on_several_gradients_fire_once(gradient):
+    layer = ReversibleFixedPoint(Block(), max_steps=5, gradient=gradient)
+    seen = []
+    handle = torch.autograd.graph.register_multi_grad_hook(list(layer.parameters()), seen.append)
+    layer(start()).z.sum().backward()
+    handle.remove()
+    assert len(seen) == 1
+    assert all(torch.equal(a, p.grad) for a, p in zip(seen[0], layer.parameters(), strict=True))
+
+
+class Prompted(Block):
+    """A frozen block, and a tensor that it reaches as an attribute in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.hidden = [torch.zeros(6, requires_grad=True)]
+
+    def forward(self, z, x):
+        return super().forward(z, x + self.hidden[0])
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_a_closure_of_a_frozen_block_gets_its_gradient_or_an_error(gradient):
+    block = Prompted()
+    layer = ReversibleFixedPoint(block, max_steps=6, gradient=gradient)
+    if gradient in ("reversible", "implicit"):
+        with pytest.raises(RuntimeError, match="neither one of its parameters nor one of its arguments"):
+            layer(start())
+        with torch.no_grad():
+            assert layer(start()).z.isfinite().all()
+        return
+    layer(start()).z.sum().backward()
+    context = ReversibleFixedPoint(Block().requires_grad_(False), max_steps=6, gradient=gradient)
+    prompt = torch.zeros(6, requires_grad=True)
+    context(start() + prompt).z.sum().backward()
+    torch.testing.assert_close(block.hidden[0].grad, prompt.grad)
+
+
+def test_a_frozen_block_keeps_no_graph():
+    layer = ReversibleFixedPoint(Block().requires_grad_(False), max_steps=4)
+    assert not layer(start()).z.requires_grad
+    assert torch.equal(layer(start()).z, ReversibleFixedPoint(Block(), max_steps=4)(start()).z)
+
+
+@pytest.mark.parametrize("keep_evaluations", [0, 1])
+@pytest.mark.parametrize("changed", ["x", "weight", "bias", "frozen"])
+@pytest.mark.parametrize("gradient", RECOMPUTING)
+def test_what_is_changed_in_place_between_the_passes_is_told(gradient, changed, keep_evaluations):
+    block = Block()
+    block.linear.weight.requires_grad_(changed != "frozen")
+    layer = ReversibleFixedPoint(block, max_steps=4, gradient=gradient, keep_evaluations=keep_evaluations, drift_policy="raise")
+    x = start().requires_grad_() * 1.0
+    z = layer(x).z
+    with torch.no_grad():
+        {"x": x, "bias": block.linear.bias}.get(changed, block.linear.weight).mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|did not reconstruct its start state"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("gradient", MODES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_around_the_layer_changes_nothing(gradient, reentrant):
+    layer, x = ReversibleFixedPoint(Block(), max_steps=5, gradient=gradient), start().requires_grad_()
+    expected = torch.autograd.grad(layer(x).z.square().sum(), [x, *layer.parameters()])
+    checkpoint(lambda part: layer(part).z, x, use_reentrant=reentrant).square().sum().backward()
+    for one, parameter in zip(expected, (x, *layer.parameters()), strict=True):
+        torch.testing.assert_close(parameter.grad, one)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+def test_a_row_that_was_not_finite_is_nan_in_the_trajectory_too(gradient):
+    class Logarithm(Block):
+        def forward(self, z, x):
+            return super().forward(z, torch.log(x))
+
+    x = start().abs()
+    x[1] = -1.0
+    solution = ReversibleFixedPoint(Logarithm(), max_steps=3, gradient=gradient)(x, output_trajectory=True)
+    assert all(state[1].isnan().all() and state[[0, 2]].isfinite().all() for state in solution.trajectory)
+
+
+@pytest.mark.parametrize("solver", ["picard", "relaxed", "anderson", "broyden"])
+def test_a_solver_and_its_settings_may_be_set_later(solver):
+    settings = dict(solver=solver, beta=0.3, max_steps=2, solver_memory=2, adjoint_max_steps=3, adjoint_tol=1e-3, phantom_steps=2)
+    for gradient in ("implicit", "phantom"):
+        made = ReversibleFixedPoint(Block(), gradient=gradient, **settings)
+        later = ReversibleFixedPoint(Block(), gradient=gradient)
+        for name, value in settings.items():
+            setattr(later, name, value)
+        for layer in (made, later):
+            layer(start()).z.sum().backward()
+        assert torch.equal(made(start()).z, later(start()).z)
+        assert torch.equal(made.block.linear.weight.grad, later.block.linear.weight.grad)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("gradient", "bptt", "gradient must be one of"),
+        ("solver", "anderson", "cannot go with"),
+        ("max_steps", 0, "max_steps"),
+        ("damping", 1.5, "damping must lie in"),
+        ("tol", -1.0, "tol must be None"),
+        ("num_restarts", 2, "set initial_scale > 0"),
+        ("row_dims", 3, "row_dims must be 1"),
+        ("phantom_steps", 0, "phantom_steps must be a whole number"),
+        ("adjoint_tol", -1.0, "adjoint_tol must be a finite number"),
+        ("steps_sampling", {"distribution": "normal"}, "steps_sampling must be"),
+    ],
+)
+def test_a_setting_that_is_wrong_later_is_refused_by_the_next_solve(name, value, message):
+    layer = ReversibleFixedPoint(Block())
+    setattr(layer, name, value)
+    with pytest.raises(ValueError, match=message):
+        layer(start())
+
+
+def test_beta_and_the_policy_are_checked_where_they_are_set():
+    layer = ReversibleFixedPoint(Block())
+    with pytest.raises(ValueError, match="beta must lie in"):
+        layer.beta = 3.0
+    with pytest.warns(UserWarning, match="not a fraction"):
+        layer.beta = 0.1234567
+    assert layer.beta == 10 / 81
+    with pytest.raises(ValueError, match="drift_policy must be one of"):
+        layer.drift_policy = "panic"
+    layer.drift_policy = "raise"
+    assert layer.drift_policy == copy.deepcopy(layer).drift_policy == "raise"
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_forward_mode_derivatives_are_refused_where_they_would_be_lost(gradient):
+    layer = ReversibleFixedPoint(Block().requires_grad_(False), max_steps=3, gradient=gradient)
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            layer(forward_ad.make_dual(start(), torch.ones(3, 6)))
+        assert layer(start()).z.isfinite().all()
+
+
+def test_a_lazy_block_is_told_to_see_an_input_first():
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.LazyLinear(6)
+
+        def forward(self, z, x):
+            return torch.tanh(0.5 * self.linear(z) + x)
+
+    layer = ReversibleFixedPoint(Lazy(), max_steps=2)
+    with pytest.raises(RuntimeError, match=r"layer\.block"):
+        layer(start())
+    with torch.no_grad():
+        layer.block(start(), start())
+    layer(start()).z.sum().backward()
+    assert layer.drift == 0
+
+
+def test_a_layer_made_on_the_meta_device_has_a_drift():
+    with torch.device("meta"):
+        layer = ReversibleFixedPoint(Block(), gradient="checkpoint")
+    assert float(layer.to_empty(device="cpu").drift) == 0.0
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal])
+def test_hooks_reach_what_parametrised_weights_are_made_of(wrap):
+    found = {}
+    for gradient in ("reversible", "backprop"):
+        block = Block()
+        wrap(block.linear)
+        layer, seen = ReversibleFixedPoint(block, max_steps=5, gradient=gradient), []
+        for parameter in block.parameters():
+            parameter.register_hook(seen.append)
+        layer(start()).z.square().sum().backward()
+        assert len(seen) == len(list(block.parameters()))
+        found[gradient] = [parameter.grad for parameter in block.parameters()]
+    for one, other in zip(*found.values(), strict=True):
+        torch.testing.assert_close(one, other)
