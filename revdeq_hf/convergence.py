@@ -1,6 +1,6 @@
 """Learning to converge: the residual of a model's solves as a term of the loss."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ class ResidualLoss:
         model: holds one or more `ReversibleFixedPoint`; each of its calls with gradients is measured from now on, until `remove()`.
 
     Returns, when called:
-        0-d float32 tensor in [0, 2) or about, the mean of the layers that ran in the model's last call. Its gradient goes through the solves as well, by the
-        layer's gradient mode: exact with "reversible".
+        0-d float32 tensor in [0, 2) or about, the mean of the solves of the model's last call; 0 where no place counts. Its gradient goes through the solves
+        as well, by the layer's gradient mode: exact with "reversible".
 
     Cost: in each pass through a layer one more evaluation of its block, with its graph; the drift certificate is not concerned.
 
@@ -51,14 +51,14 @@ class ResidualLoss:
         if not layers:
             raise ValueError(f"{type(model).__name__} has no ReversibleFixedPoint, whose residual could be measured")
         self._model = model
-        self._measured: dict[str, torch.Tensor] = {}
-        self._hooks = [layer.register_forward_hook(partial(self._measure, name), with_kwargs=True) for name, layer in layers]
+        self._measured: list[torch.Tensor] = []
+        self._hooks = [layer.register_forward_hook(_Hook(self._measure), with_kwargs=True) for _, layer in layers]
+        self._hooks.append(model.register_forward_pre_hook(_Hook(self._begin)))
 
     def __call__(self) -> torch.Tensor:
         if not self._measured:
             raise RuntimeError("no solve to measure: call the model with gradients before each call of ResidualLoss")
-        found = list(self._measured.values())
-        self._measured = {}  # with it the graph would live until the next batch
+        found, self._measured = self._measured, []  # with it the graph would live until the next batch
         return torch.stack(found).mean()
 
     def remove(self) -> None:
@@ -66,7 +66,11 @@ class ResidualLoss:
         for hook in self._hooks:
             hook.remove()
 
-    def _measure(self, name: str, layer: ReversibleFixedPoint, args: tuple, kwargs: dict[str, Any], solution: FixedPointSolution) -> None:
+    def _begin(self, model: nn.Module, args: tuple) -> None:
+        if torch.is_grad_enabled():
+            self._measured = []
+
+    def _measure(self, layer: ReversibleFixedPoint, args: tuple, kwargs: dict[str, Any], solution: FixedPointSolution) -> None:
         if not torch.is_grad_enabled():
             return
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -80,11 +84,26 @@ class ResidualLoss:
         f = layer.block(solution.z, *args, **context)
         parts = zip(f, solution.z, strict=True) if isinstance(f, tuple) else ((f, solution.z),)
         mask = kwargs.get("measure_mask")
-        self._measured[name] = torch.stack([_residual_of_places(*part, mask) for part in parts]).mean()
+        self._measured.append(torch.stack([_residual_of_places(*part, mask) for part in parts]).mean())
+
+
+class _Hook:
+    """A hook of a module; copies and pickles of the module, such as averaged weights, have one that does nothing."""
+
+    def __init__(self, act: Callable[..., None] | None = None) -> None:
+        self._act = act
+
+    def __call__(self, *arguments: Any) -> None:
+        if self._act is not None:
+            self._act(*arguments)
+
+    def __reduce__(self) -> tuple:
+        return _Hook, ()
 
 
 def _residual_of_places(f: torch.Tensor, z: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     channels = 1 if f.dim() > 3 else -1
     away, size = (part.float().square().sum(channels) for part in (f - z, f))
     residual = (away / (size + 1e-10) + ROUNDING**2).sqrt()
-    return (residual if mask is None else residual[mask]).mean()
+    counting = residual if mask is None else residual[mask]
+    return counting.sum() / max(1, counting.numel())

@@ -11,11 +11,11 @@ from torch import nn
 class MuonAdamW(torch.optim.Optimizer):
     """torch's Muon for the matrices of the model's body, torch's AdamW for embeddings, heads, norms, biases and all else.
 
-    Matrices are the weights of linear layers and those of convolutions, a row for each filter; a convolution in groups has many small ones and is
-    AdamW's. A weight-tied block is used many times in one pass, so the gradients of its matrices are sums of many and dominated by few directions; Muon's
-    orthogonalised updates give all directions the same size. What that is worth on the word problem of S5, on mazes and on images: docs/results.md,
-    docs/think_longer.md. Under FSDP2 the ranks orthogonalise whole matrices, which costs a few exchanges of each in an update; checkpoints of either kind
-    can be resumed.
+    Matrices are the weights of linear layers and those of convolutions, a row for each filter. A convolution in groups has many small ones and is
+    AdamW's, as is what parametrised weights (weight norm, spectral norm) are made of. A weight-tied block is used many times in one pass, so the gradients
+    of its matrices are sums of many and dominated by few directions; Muon's orthogonalised updates give all directions the same size. What that is worth on
+    the word problem of S5, on mazes and on images: docs/results.md, docs/think_longer.md. Under FSDP2 the ranks orthogonalise whole matrices, which costs a
+    few exchanges of each in an update; checkpoints of either kind can be resumed.
 
     Args:
         model: a transformers model. Its body is `model.base_model`, so a task's head is not among the matrices.
@@ -46,9 +46,9 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         body = getattr(model, "base_model", model)
         layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        self._matrices = {
-            module.weight: None for module in body.modules() if isinstance(module, layers) and getattr(module, "groups", 1) == 1
-        }
+        of_layers = (module for module in body.modules() if isinstance(module, layers) and getattr(module, "groups", 1) == 1)
+        # a parametrised weight is computed from others, which are AdamW's
+        self._matrices = {module.weight: None for module in of_layers if isinstance(module.weight, nn.Parameter)}
         matrices = [weight for weight in self._matrices if weight.requires_grad]
         if not matrices:
             raise ValueError("Muon needs linear layers or convolutions (of one group) to train, the model's body has none; use AdamW")

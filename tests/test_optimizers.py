@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils import parametrizations
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForTokenClassification
 
@@ -159,6 +161,18 @@ def test_the_memory_format_changes_neither_updates_nor_states():
         trained(pixels, labels=torch.arange(4) % 3).loss.backward()
         by.step()
     assert same(model, twin)
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal])
+def test_parametrised_weights_are_adamws(wrap):
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(6, 6)), nn.Linear(6, 6))
+    optimizer = MuonAdamW(model, lr=1e-2, muon_lr=1e-2)
+    assert optimizer.muon.param_groups[0]["params"] == [model[1].weight]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model(torch.randn(4, 6)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_explicit_models_too_and_networks_without_matrices_are_told():

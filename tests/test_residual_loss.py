@@ -1,5 +1,8 @@
 """`ResidualLoss`: what is measured, its gradient through the solve, and when it cannot be had."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -56,6 +59,57 @@ def test_what_a_mask_leaves_out_does_not_count():
     residual = ResidualLoss(layer)
     z = layer(x, measure_mask=mask).z
     torch.testing.assert_close(residual(), relative(layer.block(z, x), z, -1)[mask].mean(), rtol=1e-4, atol=0)
+
+
+def test_where_no_place_counts_it_is_zero():
+    layer = ReversibleFixedPoint(Block(), max_steps=2)
+    residual = ResidualLoss(layer)
+    layer(torch.randn(2, 5, 6), measure_mask=torch.zeros(2, 5, dtype=torch.bool))
+    assert residual() == 0
+    layer(torch.randn(0, 5, 6))
+    assert residual() == 0
+
+
+class Pair(nn.Module):
+    """Two layers, of which the second may be left out, or the first used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (ReversibleFixedPoint(Block(), max_steps=2) for _ in range(2))
+
+    def forward(self, x, then: str = "second"):
+        z = self.first(x).z
+        return z if then == "nothing" else getattr(self, then)(z).z
+
+
+def test_it_is_that_of_the_last_call_with_all_its_solves():
+    torch.manual_seed(0)
+    model, x = Pair(), torch.randn(3, 6)
+    residual = ResidualLoss(model)
+    model(x)
+    model(x, then="nothing").sum().backward()  # the second layer's solve is of an earlier call, whose graph may be gone
+    z = model.first(x).z
+    torch.testing.assert_close(residual(), relative(model.first.block(z, x), z, -1).mean(), rtol=1e-4, atol=0)
+    model(x, then="first")
+    again = model.first(z).z
+    expected = relative(model.first.block(z, x), z, -1).mean(), relative(model.first.block(again, z), again, -1).mean()
+    model(x, then="first")
+    torch.testing.assert_close(residual(), torch.stack(expected).mean(), rtol=1e-4, atol=0)
+
+
+def test_copies_of_the_model_are_not_measured():
+    model, x = Pair(), torch.randn(3, 6)
+    residual = ResidualLoss(model)
+    model(x)
+    for copied in (copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module, pickle.loads(pickle.dumps(model))):
+        calls = copied.first.block.calls
+        copied(x)
+        assert copied.first.block.calls == calls + 4
+    assert residual() > 0
+    residual.remove()
+    model(x)
+    with pytest.raises(RuntimeError, match="no solve to measure"):
+        residual()
 
 
 def test_states_of_several_tensors():
