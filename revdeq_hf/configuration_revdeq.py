@@ -47,6 +47,8 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
         kv_cache: "per_evaluation", one cache slot for every evaluation and layer, which equals the full forward pass; or "shared", one for every layer,
             which holds the keys and values of the last evaluation: `2 * max_steps` times smaller, any `max_steps` per call on one cache, the
             same at the fixed point and an approximation before it (see docs/language_model.md).
+        skip_logits: whether training returns no logits, so that its memory does not grow with tokens times `vocab_size`; False where a trainer's own loss
+            reads them.
         attention_dropout, hidden_dropout: dropout probabilities inside the block; one mask per solve.
         initializer_range: standard deviation of the embeddings and the head. (The modern block's matrices start with `1/sqrt(inputs)`, those at
             the end of its attention and MLP with a tenth of that. The paper's block: 1 for embeddings, uniform in `+-1/sqrt(inputs)` for linear
@@ -98,6 +100,7 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
     path_noise: int | float = 0.0
     num_restarts: int = 1
     kv_cache: str = "per_evaluation"
+    skip_logits: bool = True
     attention_dropout: int | float = 0.0
     hidden_dropout: int | float = 0.0
     initializer_range: float = interval(min=0.0, max=1.0)(default=0.02)
@@ -111,10 +114,14 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        slots = kwargs.pop("num_hidden_layers", None)
+        slots, head_dim = kwargs.pop("num_hidden_layers", None), kwargs.pop("head_dim", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         super().__post_init__(**kwargs)
+        if head_dim is not None and head_dim != self.head_dim:
+            raise ValueError(
+                f"head_dim of a RevDEQ is hidden_size / num_attention_heads = {self.head_dim}, got {head_dim}; choose num_attention_heads by it"
+            )
         if slots is not None and slots != self.num_hidden_layers:
             raise ValueError(
                 f"num_hidden_layers of a RevDEQ is not a setting: max_steps, num_block_layers, num_prelude_layers, num_coda_layers and kv_cache make it "

@@ -27,7 +27,8 @@ class RevDEQGenerationMixin(GenerationMixin):
         """transformers' `generate`, and
 
         Args:
-            max_steps (`int`, *optional*): steps of every solve, instead of `config.max_steps`. An `assistant_model` keeps its own.
+            max_steps (`int`, *optional*): steps of every solve, instead of `config.max_steps`. An `assistant_model` keeps its own. Like `draft_max_steps`
+                it may be a field of the generation config.
             draft_max_steps (`int`, *optional*): the model drafts for itself: solves of so few steps propose tokens one by one, one solve of all steps
                 verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution). Drafts begin with
                 5 tokens, 2 more after each that was accepted whole, 1 less after others; `num_assistant_tokens`, `num_assistant_tokens_schedule` and
@@ -38,15 +39,25 @@ class RevDEQGenerationMixin(GenerationMixin):
         Raises:
             ValueError: `draft_max_steps` is not below the steps of a full solve; or what transformers' `generate` raises.
         """
+        configured, found = without_steps(self.generation_config if generation_config is None else generation_config)
+        if kwargs.get("max_steps") is None and "max_steps" in found:
+            kwargs["max_steps"] = found["max_steps"]
+        if draft_max_steps is None:
+            draft_max_steps = found.get("draft_max_steps")
         if draft_max_steps is not None:
             steps = check_steps(kwargs.get("max_steps") or self.config.max_steps)
             draft_max_steps = check_steps(draft_max_steps, "draft_max_steps")
             if draft_max_steps >= steps:
                 raise ValueError(f"draft_max_steps must be below the steps of a full solve, got {draft_max_steps} and max_steps={steps}")
             kwargs["assistant_early_exit"] = draft_max_steps
-            configured = self.generation_config if generation_config is None else generation_config
             kwargs |= {name: value for name, value in DRAFTING.items() if name not in kwargs and getattr(configured, name) is None}
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        if generation_config is not None:
+            return super().generate(inputs, configured, *args, **kwargs)
+        own, self.generation_config = self.generation_config, configured
+        try:
+            return super().generate(inputs, None, *args, **kwargs)
+        finally:
+            self.generation_config = own
 
     def _get_candidate_generator(
         self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, *args, **kwargs
@@ -76,6 +87,15 @@ class RevDEQGenerationMixin(GenerationMixin):
         finally:
             self.generation_config = own
 
+    def _get_logits_processor(self, *args, **kwargs):
+        """Guidance without the prompt (`guidance_scale`) runs the model by itself: with the steps of this call."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        steps = (kwargs.get("model_kwargs") or {}).get("max_steps")
+        for processor in processors:
+            if steps is not None and getattr(processor, "model", None) is self:
+                processor.model = functools.partial(self, max_steps=steps)
+        return processors
+
     def init_continuous_batching(self, *args, **kwargs):
         """Refused, and with it what transformers builds on it: `continuous_batching_context_manager`, `generate_batch`, `cache_implementation="paged"`.
 
@@ -104,6 +124,16 @@ class RevDEQGenerationMixin(GenerationMixin):
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         finally:
             self.config = own
+
+
+def without_steps(configured: GenerationConfig) -> tuple[GenerationConfig, dict[str, int]]:
+    """The generation config, or a copy of it, without this file's own arguments, and these: transformers would take those of a call for the config's."""
+    found = {name: value for name in ("max_steps", "draft_max_steps") if (value := getattr(configured, name, None)) is not None}
+    if found:
+        configured = copy.deepcopy(configured)
+        for name in found:
+            delattr(configured, name)
+    return configured, found
 
 
 def with_steps(config: RevDEQConfig, steps: int) -> RevDEQConfig:

@@ -57,6 +57,20 @@ UNDECLARED = {"tie_last_hidden_states"}  # a setting of transformers' that is no
 # that a model's fixed-point layers take from its configuration when they are made
 SOLVER_SETTINGS = ("beta", "tol", "gradient", "solver", "keep_evaluations", "damping", "initial_scale", "path_noise", "num_restarts")
 
+# of these, and of what is theirs besides, a call cannot change anything
+NOT_PER_CALL = {*SOLVER_SETTINGS, "steps_sampling", "drift_policy", "z0", "measure_mask"} - {"num_restarts"}
+
+
+def refuse_settings(call: Iterable[str]) -> None:
+    """Raises ValueError where keywords of a model's call are settings of its solves, which would be passed over without a word."""
+    found = sorted(NOT_PER_CALL.intersection(call))
+    if found:
+        raise ValueError(
+            f"{', '.join(found)}: settings of the model's fixed-point layers, not of a call (max_steps is one). Give them when the model is made or loaded, "
+            f"from_pretrained(folder, {found[0]}=...), or set them on the layers: for _, layer in fixed_point_layers(model): layer.{found[0]} = ..."
+        )
+
+
 _MARK = "# The code files (*.py) of this folder, revdeq_hf "
 
 

@@ -43,7 +43,7 @@ from .block_revdeq import RevDEQAttention, RevDEQLayer, RevDEQTransformerBlock
 from .cache_revdeq import EvaluationSlots, SharedSlots, check_slots
 from .configuration_revdeq import RevDEQConfig
 from .generation_revdeq import RevDEQGenerationMixin, with_steps
-from .hub_revdeq import BundledModel
+from .hub_revdeq import BundledModel, refuse_settings
 from .layer_revdeq import ReversibleFixedPoint
 from .loss_revdeq import linear_cross_entropy, share_of_batch
 from .steps_revdeq import check_steps
@@ -283,6 +283,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        refuse_settings(kwargs)
         steps = self.config.max_steps if max_steps is None else check_steps(max_steps)
         embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         if embeds.dim() != 3 or embeds.shape[-1] != self.config.hidden_size:
@@ -365,9 +366,12 @@ class RevDEQModel(RevDEQPreTrainedModel):
             raise ValueError(f"input_ids must be (batch, seq) of whole numbers, got {tuple(input_ids.shape)} of {input_ids.dtype}")
         if _may_look(input_ids):
             low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= self.config.vocab_size:
+            known = getattr(
+                self.embed_tokens, "num_embeddings", self.config.vocab_size
+            )  # of a table that took the place of the model's own
+            if low < 0 or high >= known:
                 raise ValueError(
-                    f"input_ids must lie in [0, vocab_size) = [0, {self.config.vocab_size}), got {low} to {high}; "
+                    f"input_ids must lie in [0, vocab_size) = [0, {known}), got {low} to {high}; "
                     "does the tokenizer belong to this model? resize_token_embeddings makes room for added tokens"
                 )
         return self.embed_tokens(input_ids)
@@ -474,7 +478,8 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
             Whether to return `solver_steps` and `solver_residual`, each of shape (batch, seq).
         skip_logits (`bool`, *optional*):
             Whether to compute the loss without the logits, which are None then: a chunk of tokens at a time, so that memory does not grow with
-            tokens x vocab_size. By default so in training: with labels, gradients and `model.train()`. `False` returns them there, too.
+            tokens x vocab_size. By default so in training: with labels, gradients and `model.train()`. `False` returns them there, too; as
+            `config.skip_logits` for every call, where a trainer's own loss needs them.
 
         Example:
 
@@ -499,7 +504,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
         hidden_states = outputs.last_hidden_state[:, kept, :]
         if skip_logits is None:
-            skip_logits = labels is not None and self.training and torch.is_grad_enabled()
+            skip_logits = self.config.skip_logits and labels is not None and self.training and torch.is_grad_enabled()
         elif skip_logits and labels is None:
             raise ValueError("skip_logits=True leaves nothing to return without labels; pass labels, or skip_logits=None")
         logits = loss = None

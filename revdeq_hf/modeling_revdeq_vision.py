@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .block_revdeq import RevDEQConvBlock, RevDEQConvNextBlock, RevDEQRecallBlock
 from .configuration_revdeq import RevDEQVisionConfig
-from .hub_revdeq import BundledModel
+from .hub_revdeq import BundledModel, refuse_settings
 from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint
 from .loss_revdeq import share_of_batch
 from .steps_revdeq import check_steps
@@ -348,6 +348,7 @@ class RevDEQVisionModel(RevDEQVisionNetwork):
         num_restarts (`int`, *optional*):
             Start states of each stage's solve, of which each image takes the solution of the smallest residual, instead of `config.num_restarts`.
         """
+        refuse_settings(kwargs)
         maps, solutions = self.compute_maps(pixel_values, max_steps, output_trajectory, num_restarts)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -415,6 +416,7 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
         torch.Size([2, 5])
 
         ```"""
+        refuse_settings(kwargs)
         if labels is not None and pixel_values is not None:
             self._check_labels(labels, len(pixel_values))
         outputs: RevDEQVisionModelOutput = self.model(
@@ -523,6 +525,7 @@ class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
         (torch.Size([1, 2, 9, 9]), torch.Size([1, 2, 21, 33]))
 
         ```"""
+        refuse_settings(kwargs)
         if labels is not None and isinstance(pixel_values, torch.Tensor):
             self._check_labels(labels, pixel_values)
         outputs: RevDEQVisionModelOutput = self.model(
@@ -602,6 +605,7 @@ class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
         [(1, 16, 32, 32), (1, 32, 16, 16)]
 
         ```"""
+        refuse_settings(kwargs)
         maps, solutions = self.compute_maps(pixel_values, max_steps, num_restarts=num_restarts)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

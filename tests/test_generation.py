@@ -4,7 +4,16 @@ import pytest
 import torch
 from conftest import relative_error
 from test_language_model import IDS, small
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    TorchAoConfig,
+)
 from transformers.cache_utils import Cache, DynamicLayer
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
@@ -277,6 +286,41 @@ def test_drafts_that_cannot_be_are_told():
         model.generate(IDS[:1], draft_max_steps=0)
     with pytest.raises(ValueError, match="batch_size = 1"):
         model.generate(IDS, draft_max_steps=1, pad_token_id=0, max_new_tokens=4)
+
+
+def steps_of_calls(model) -> list:
+    calls: list = []
+    model.model.register_forward_pre_hook(lambda module, given, named: calls.append(named["max_steps"]), with_kwargs=True)
+    return calls
+
+
+def test_steps_may_be_set_in_the_generation_config():
+    model = contractive(max_steps=1)
+    calls, settings = steps_of_calls(model), dict(max_new_tokens=4, pad_token_id=0, eos_token_id=None)
+    plain = model.generate(IDS[:1], max_steps=7, **settings)
+    calls.clear()
+    assert torch.equal(model.generate(IDS[:1], generation_config=GenerationConfig(max_steps=7, **settings)), plain)
+    model.generation_config.update(max_steps=7, draft_max_steps=None)
+    model.generation_config.max_steps = 7
+    assert torch.equal(model.generate(IDS[:1], **settings), plain)
+    assert set(calls) == {7}
+    calls.clear()
+    model.generate(IDS[:1], max_steps=2, **settings)
+    assert set(calls) == {2}
+    calls.clear()
+    model.generation_config.draft_max_steps = 1
+    assert torch.equal(model.generate(IDS[:1], **settings), plain)
+    assert set(calls) == {1, 7}
+    assert (model.generation_config.max_steps, model.generation_config.draft_max_steps) == (7, 1)
+
+
+def test_guidance_takes_the_steps_of_the_call():
+    model = contractive(scale=2.0, max_steps=1)
+    calls, settings = steps_of_calls(model), dict(guidance_scale=3.0, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    found = model.generate(IDS[:1], max_steps=7, **settings)
+    assert set(calls) == {7}
+    model.config.max_steps = 7
+    assert torch.equal(found, model.generate(IDS[:1], **settings))
 
 
 def assistants() -> dict[str, torch.nn.Module]:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import awake
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, pipeline
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQModel, modeling_revdeq
@@ -289,6 +290,27 @@ def test_unusable_configs_are_refused(settings, message):
     with pytest.raises(Exception, match=message) as error:
         RevDEQConfig(**{**SMALL, **settings})
     assert "Validation" in type(error.value).__name__ or isinstance(error.value, ValueError)
+
+
+def test_head_dim_follows_from_width_and_heads():
+    assert RevDEQConfig(**SMALL, head_dim=8).head_dim == 8
+    assert "head_dim" not in RevDEQConfig(**SMALL, head_dim=8).to_dict()
+    with pytest.raises(ValueError, match="head_dim of a RevDEQ is hidden_size / num_attention_heads = 8, got 16"):
+        RevDEQConfig(**SMALL, head_dim=16)
+
+
+@pytest.mark.parametrize("name", ["tol", "beta", "gradient", "damping", "steps_sampling", "z0", "measure_mask"])
+def test_settings_of_the_layer_are_refused_in_a_call(name):
+    with pytest.raises(ValueError, match=f"{name}: settings of the model's fixed-point layers, not of a call"):
+        small()(IDS, **{name: 0.5})
+
+
+def test_a_larger_embedding_may_take_the_place_of_the_models_own():
+    model = small()
+    model.set_input_embeddings(nn.Embedding(100, 32))
+    assert model(torch.tensor([[0, 99]])).logits.shape == (1, 2, 67)
+    with pytest.raises(ValueError, match=r"\[0, 100\), got 0 to 100"):
+        model(torch.tensor([[0, 100]]))
 
 
 def test_a_config_broken_by_assignment_is_refused_by_the_model():

@@ -149,6 +149,18 @@ def test_logits_are_there_unless_training():
         model(IDS, skip_logits=True)
 
 
+def test_the_configuration_may_ask_for_logits(tmp_path):
+    model_of().save_pretrained(tmp_path)
+    model = RevDEQForCausalLM.from_pretrained(tmp_path, skip_logits=False).train()
+    asked = model(IDS, labels=IDS)
+    assert asked.logits is not None
+    skipped = model(IDS, labels=IDS, skip_logits=True)
+    assert skipped.logits is None
+    torch.testing.assert_close(asked.loss, skipped.loss)
+    model.save_pretrained(tmp_path)
+    assert RevDEQForCausalLM.from_pretrained(tmp_path).config.skip_logits is False
+
+
 def test_a_head_or_a_loss_that_was_replaced_is_used():
     model = model_of()
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()

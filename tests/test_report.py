@@ -112,6 +112,17 @@ def test_where_nothing_is_reversed_there_is_no_drift(gradient, tmp_path):
     assert greatest_drift(trainer.state.log_history) is None
 
 
+@pytest.mark.parametrize("gradient", ["checkpoint", "reversible"])
+def test_a_loaded_model_that_reverses_nothing_is_trained(gradient, tmp_path):
+    text_model().save_pretrained(tmp_path / "saved")
+    model = RevDEQForCausalLM.from_pretrained(tmp_path / "saved", gradient=gradient)
+    if gradient == "reversible":
+        model.model.requires_grad_(False)  # the head alone is trained
+    trainer = train(model, tmp_path, RevDEQCallback(peak_flops=0))
+    assert greatest_drift(trainer.state.log_history) is None
+    assert float(model.model.solve.drift) == 0.0
+
+
 def test_a_curve_of_residuals_leaves_every_module_in_its_mode():
     model = RevDEQForImageClassification(RevDEQVisionConfig(hidden_sizes=[16], expansion_ratios=[1], max_steps=2)).train()
     resting = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -299,3 +310,9 @@ def test_report_draws_a_run_and_compares_two(tmp_path, capsys):
 def test_report_of_a_run_without_figures_has_empty_panels(tmp_path):
     plot_runs([Run("nothing", [{"loss": 1.0, "step": 1}, {"train_runtime": 3.0}])], tmp_path / "report.png")
     assert (tmp_path / "report.png").is_file()
+
+
+def test_a_folder_without_a_run_is_told_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "nowhere")])
+    assert capsys.readouterr().err.splitlines()[-1].startswith("python -m revdeq_hf.report: error: ")

@@ -9,7 +9,7 @@ from conftest import relative_error
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
-from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig, RevDEQVisionModel
+from revdeq_hf import RevDEQForImageClassification, RevDEQVisionBackbone, RevDEQVisionConfig, RevDEQVisionModel
 
 SMALL = dict(hidden_sizes=[16, 32], expansion_ratios=[2, 1], max_steps=3, num_labels=5, image_size=8, group_width=8)
 SINGLE = dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4, stem="group_norm", residual_stages=False, initializer_range=None)
@@ -348,6 +348,13 @@ def test_small_images():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     assert frozen(tiny).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["tol", "beta", "gradient"])
+@pytest.mark.parametrize("kind", [RevDEQVisionModel, RevDEQForImageClassification, RevDEQVisionBackbone])
+def test_settings_of_the_layers_are_refused_in_a_call(kind, name):
+    with pytest.raises(ValueError, match=f"{name}: settings of the model's fixed-point layers, not of a call"):
+        kind(small().config)(IMAGES, **{name: 0.5})
 
 
 @pytest.mark.parametrize(
