@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ class Recipe:
         hardware: on which it is meant to run, and how long.
         script: the training script, relative to this folder.
         arguments: flags of the script that all variants share. `max_steps` (updates) is among them, so that `--scale` can shrink it.
-        variants: flags that differ, by the variant's name; None takes a shared flag away. `script` may be among them.
+        variants: flags that differ, by the variant's name; None takes a shared flag away. `script` may be among them, and `after`, an earlier variant
+            from whose model of the same seed this one goes on.
         evaluation: flags of evaluate.py; None: the script evaluates by itself.
         seeds: those to run.
         columns: of the table, by their heading: a path into a results file, such as `test.perplexity` or `peak_memory_bytes/1e6`, see `at`.
@@ -89,7 +90,7 @@ class Recipe:
 
     def settings(self, variant: str) -> tuple[str, Settings]:
         """Script and flags of a variant."""
-        merged = {**self.arguments, **self.variants[variant]}
+        merged = without({**self.arguments, **self.variants[variant]}, ["after"])
         script = merged.pop("script", self.script)
         return script, {name: value for name, value in merged.items() if value is not None}
 
@@ -111,7 +112,16 @@ def load(name: str) -> Recipe:
     fields = Recipe.__dataclass_fields__.keys() - {"name"}
     if unknown := content.keys() - fields:
         raise ValueError(f"{path}: {', '.join(sorted(unknown))} is no field of a recipe; there are {', '.join(sorted(fields))}")
-    return Recipe(name=name, **content)
+    recipe = Recipe(name=name, **content)
+    earlier: set[str] = set()
+    for variant, differing in recipe.variants.items():
+        after = differing.get("after")
+        if after is not None and after not in earlier:
+            raise ValueError(
+                f"{path}: variant {variant!r} goes on from {after!r}, which is none of those before it: {', '.join(sorted(earlier))}"
+            )
+        earlier.add(variant)
+    return recipe
 
 
 # --- settings ---
@@ -194,6 +204,15 @@ class Run:
     own_data: bool
 
     @property
+    def before(self) -> "Run | None":
+        """The run from whose model this one goes on."""
+        variant = self.recipe.variants[self.variant].get("after")
+        if variant is None:
+            return None
+        tag = run_tag(variant, self.seed)
+        return replace(self, variant=variant, folder=self.folder.with_name(tag), results=self.results.with_name(f"{tag}.json"))
+
+    @property
     def commands(self) -> list[list[str]]:
         script, settings = self.recipe.settings(self.variant)
         settings = shrunk(settings, self.scale)
@@ -203,6 +222,8 @@ class Run:
             settings = without(settings, SOURCES)
         if not torch.accelerator.is_available():
             settings = without(settings, FOR_ACCELERATORS)
+        if self.before:
+            settings["model_name_or_path"] = str(self.before.folder)
         settings = {**settings, **self.more, "seed": self.seed, "output_dir": str(self.folder)}
         found = [[str((EXAMPLES / script).resolve()), *flags(settings)]]
         if self.recipe.evaluation is not None:
@@ -211,11 +232,13 @@ class Run:
         return found
 
     def do(self) -> None:
-        """Trains (on from the last checkpoint, if there is one), evaluates, writes the results file.
+        """Trains (on from the last checkpoint, if there is one), evaluates, writes the results file unless there is one. First comes the run before it.
 
         Raises:
             SystemExit: a command failed, or the folder holds a run with other settings.
         """
+        if self.before and not (self.before.folder / "results.json").exists():
+            self.before.do()
         train, *evaluation = self.commands
         finished = self.folder / "results.json"
         if finished.exists():
@@ -233,8 +256,9 @@ class Run:
             print("+", shown(command), flush=True)
             if code := subprocess.run([sys.executable, *command], check=False).returncode:
                 raise SystemExit(f"that command failed ({code}); once its cause is mended, the same recipe goes on from here")
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        self.results.write_text(readable(self.record()), encoding="utf-8")
+        if not self.results.exists():
+            self.results.parent.mkdir(parents=True, exist_ok=True)
+            self.results.write_text(readable(self.record()), encoding="utf-8")
 
     @property
     def diverged(self) -> bool:
@@ -297,6 +321,10 @@ def shown(command: list[str]) -> str:
     here = Path(script)
     root = EXAMPLES.parent
     return f"python {shlex.join([str(here.relative_to(root)) if here.is_relative_to(root) else script, *rest])}"
+
+
+def run_tag(variant: str, seed: int) -> str:
+    return f"{slug(variant)}-seed{seed}"
 
 
 def slug(variant: str) -> str:
@@ -495,7 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
             runs.append(make_run(recipe, variant, 0, options, tag, results, {**values, **more}))
     else:
         for seed, variant in itertools.product(options.seeds or recipe.seeds, chosen):
-            runs.append(make_run(recipe, variant, seed, options, f"{slug(variant)}-seed{seed}", results, more))
+            runs.append(make_run(recipe, variant, seed, options, run_tag(variant, seed), results, more))
     for run in runs:
         if options.dry_run:
             print("\n".join(map(shown, run.commands)))

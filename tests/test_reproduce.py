@@ -3,7 +3,10 @@
 import dataclasses
 import importlib
 import json
+import shutil
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,6 +261,53 @@ def test_unknown_fields_are_told(tmp_path, monkeypatch):
     (tmp_path / "odd.yaml").write_text("title: odd\ncolour: red\n")
     with pytest.raises(ValueError, match="colour is no field of a recipe"):
         reproduce.load("odd")
+
+
+def test_a_variant_goes_on_from_the_model_of_another(tmp_path, monkeypatch):
+    """`after`: the other one is trained first where its model is not there, and results that are there stay."""
+    recipe = {
+        **{"title": "two", "about": "a", "expected": "b", "hardware": "c", "script": "think_longer.py", "seeds": [3]},
+        **{"arguments": {"max_steps": 4}, "columns": {"loss": "train_loss"}, "evaluation": None},
+        "variants": {"short words": {}, "long words": {"after": "short words", "train_size": 32}},
+    }
+    monkeypatch.setattr(reproduce, "RECIPES", tmp_path)
+    (tmp_path / "two.yaml").write_text(json.dumps(recipe))
+    trained = []
+
+    def train(command, check):
+        given = reproduce.given(command[2:])
+        folder = Path(given["output_dir"][0])
+        if "model_name_or_path" in given:
+            assert (Path(given["model_name_or_path"][0]) / "results.json").exists()
+        folder.mkdir(parents=True)
+        trained.append(folder.name)
+        found = {"train_loss": float(len(trained)), "run": {"command": reproduce.shown(command[1:])}}
+        (folder / "results.json").write_text(json.dumps(found))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", train)
+    places = ["two", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    reproduce.main([*places, "--variants", "long words"])
+    assert trained == ["short_words-seed3", "long_words-seed3"]
+    losses = {path.stem: json.loads(path.read_text())["train_loss"] for path in (tmp_path / "results" / "two").iterdir()}
+    assert losses == {"short_words-seed3": 1, "long_words-seed3": 2}
+    command = json.loads((tmp_path / "results" / "two" / "long_words-seed3.json").read_text())["command"]
+    assert f"--train_size 32 --model_name_or_path {tmp_path / 'runs' / 'two' / 'short_words-seed3'} --seed 3" in command
+    assert "after" not in command
+    reproduce.main(places)
+    assert len(trained) == 2
+    # in a clone results are there and models are not
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "results" / "two" / "long_words-seed3.json").unlink()
+    reproduce.main([*places, "--variants", "long words"])
+    assert trained[2:] == ["short_words-seed3", "long_words-seed3"]
+    assert json.loads((tmp_path / "results" / "two" / "short_words-seed3.json").read_text())["train_loss"] == 1
+
+    for after in ("long words", "nothing"):
+        recipe["variants"]["long words"]["after"] = after
+        (tmp_path / "two.yaml").write_text(json.dumps(recipe))
+        with pytest.raises(ValueError, match=f"'long words' goes on from '{after}', which is none of those before it: short words"):
+            reproduce.load("two")
 
 
 # --- a recipe end to end ---
