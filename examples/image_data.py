@@ -96,6 +96,9 @@ def load_splits(data: DataArguments) -> datasets.DatasetDict:
         for split, folder in folders.items():
             if not Path(folder).is_dir():
                 raise FileNotFoundError(f"--{split}_dir: there is no folder {folder!r}")
+            classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
+            if len(classes) < 2 and not any(Path(folder).glob("metadata.*")):
+                raise ValueError(f"--{split}_dir: {folder!r} must hold a folder of images for each class, at least two, got {classes}")
         return datasets.load_dataset("imagefolder", data_files={split: f"{folder}/**" for split, folder in folders.items()})
     if data.train_file:
         files = {"train": data.train_file, **({"validation": data.validation_file} if data.validation_file else {})}
@@ -121,6 +124,9 @@ def load_images(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset
         FileNotFoundError: a named folder or file is missing.
         ValueError: the columns cannot be told, a split is missing, or the labels of the splits do not fit.
     """
+    for name, limit in (("max_train_images", data.max_train_images), ("max_eval_images", data.max_eval_images)):
+        if limit is not None and limit < 1:
+            raise ValueError(f"--{name} must be at least 1, got {limit}")
     loaded = load_splits(data)
     if "train" not in loaded:
         raise ValueError(f"the data set has no split 'train', got {', '.join(loaded)}")

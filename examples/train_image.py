@@ -93,7 +93,7 @@ AVERAGED_WEIGHTS = "averaged.safetensors"
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A saved model to go on from; its head is replaced if the labels differ."}
+        default=None, metadata={"help": "A saved model to go on from; its head is replaced if there are more or fewer labels."}
     )
     model_type: str = field(default="revdeq", metadata={"help": "revdeq, or resnet: transformers' explicit network, to compare with."})
     preset: str = field(default="small", metadata={"help": f"Network of a new model: {', '.join(PRESETS)}."})

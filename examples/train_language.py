@@ -20,6 +20,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import random
 import shlex
 import sys
@@ -69,6 +70,11 @@ from revdeq_hf.training import (
 
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation", "test")
+TEXT_FEATURES = (datasets.Value("string"), datasets.Value("large_string"))
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # what datasets unpacks
+FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"} | dict.fromkeys(
+    (".tsv", ".zip", ".tar", ".tgz", ".arrow", ".feather", ".orc", ".xls", ".xlsx", ".pdf", ".doc", ".docx"), "unknown"
+)
 STREAM_ROWS = 10_000  # rows of a stream from which a tokenizer is trained and tokens are counted
 STREAM_VALIDATION_ROWS = 1_000  # rows to validate on where a stream has no such split
 
@@ -142,7 +148,7 @@ class DataArguments:
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows of the other splits."})
     preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes for tokenising."})
     prompt: str = field(default="def read_", metadata={"help": "Beginning of the text sampled at the end."})
-    sample_tokens: int = field(default=120, metadata={"help": "Tokens to sample at the end."})
+    sample_tokens: int = field(default=120, metadata={"help": "Tokens to sample at the end, as far as the model's positions go."})
 
 
 @dataclass
@@ -209,9 +215,7 @@ def load_text(data: DataArguments) -> tuple[datasets.DatasetDict, datasets.Itera
         for split, name in files.items():
             if not Path(name).is_file():
                 raise FileNotFoundError(f"--{split}_file: there is no file {name!r}")
-        kind = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(files["train"]).suffix, "text")
-        more = {"keep_linebreaks": True} if kind == "text" else {}
-        loaded = datasets.load_dataset(kind, data_files=files, streaming=data.streaming, **more)
+        loaded = load_files(files, data.streaming)
     else:
         folder = sysconfig.get_path("stdlib")
         loaded = {
@@ -228,6 +232,8 @@ def load_text(data: DataArguments) -> tuple[datasets.DatasetDict, datasets.Itera
     if data.streaming:
         loaded, stream = first_rows(loaded, data)
     if "validation" not in loaded:
+        if len(loaded["train"]) < 2:
+            raise ValueError("the training data is one row, of which none can be kept to validate on; give --validation_file")
         halves = loaded["train"].train_test_split(test_size=0.05, seed=0)
         loaded["train"], loaded["validation"] = halves["train"], halves["test"]
     if "test" not in loaded:
@@ -237,12 +243,40 @@ def load_text(data: DataArguments) -> tuple[datasets.DatasetDict, datasets.Itera
             raise ValueError(
                 f"no column {data.text_column!r} in split {split!r}, which has {loaded[split].column_names}; see --text_column"
             )
+        if (feature := loaded[split].features[data.text_column]) not in TEXT_FEATURES:
+            raise ValueError(f"column {data.text_column!r} of split {split!r} must hold texts, got {feature}; see --text_column")
         limit = data.max_train_rows if split == "train" else data.max_eval_rows
         if limit is not None:
             loaded[split] = loaded[split].select(range(min(limit, len(loaded[split]))))
         if not any(text and text.strip() for text in loaded[split][data.text_column]):
             raise ValueError(f"split {split!r} holds no text in column {data.text_column!r}")
     return datasets.DatasetDict({split: loaded[split] for split in SPLITS}), stream
+
+
+def load_files(files: dict[str, str], streaming: bool) -> datasets.DatasetDict:
+    """The named file of each split. What is no table is text, a row for each line.
+
+    Raises:
+        ValueError: they are of several kinds, of one that is not known, or not UTF-8.
+    """
+    kinds = {}
+    for split, name in files.items():
+        endings = [ending for ending in Path(name).suffixes if ending not in COMPRESSED]
+        kinds[name] = FILE_KINDS.get(endings[-1] if endings else "", "text")
+        if kinds[name] == "unknown":
+            raise ValueError(f"--{split}_file must be a text, csv, json or parquet file, got {name!r}")
+    if len(set(kinds.values())) > 1:
+        raise ValueError(
+            f"the files of all splits must be of one kind, got {', '.join(f'{name} ({kind})' for name, kind in kinds.items())}"
+        )
+    kind = next(iter(kinds.values()))
+    more = {"keep_linebreaks": True} if kind == "text" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=files, streaming=streaming, **more)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise ValueError(f"one of {', '.join(files.values())} is not UTF-8; convert it first ({error.__cause__})") from error
+        raise
 
 
 def first_rows(loaded: dict, data: DataArguments) -> tuple[dict[str, datasets.Dataset], datasets.IterableDataset]:
@@ -456,10 +490,18 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, blo
         keep_evaluations=options.keep_evaluations,
         attention_dropout=options.dropout,
         hidden_dropout=options.dropout,
-        steps_sampling=None if options.steps_sampling is None else json.loads(options.steps_sampling),
+        steps_sampling=None if options.steps_sampling is None else parsed(options.steps_sampling, "--steps_sampling"),
         kv_cache=options.kv_cache,
     )
     return RevDEQForCausalLM(config)
+
+
+def parsed(text: str, flag: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        example = '{"distribution": "uniform", "min_steps": 2, "max_steps": 8}'
+        raise ValueError(f"{flag} must be JSON such as '{example}', got {text!r} ({error})") from error
 
 
 class Scorer:
@@ -500,8 +542,11 @@ def main(arguments: list[str] | None = None) -> dict:
 
     with training.main_process_first(desc="preparing the data"):
         rows, stream = load_text(data)
-        saved = data.tokenizer_name or options.model_name_or_path
+        # a tokenizer trained on a text that has changed since would give the tokens of the weights other meanings
+        saved = data.tokenizer_name or resume or options.model_name_or_path
         tokenizer = load_tokenizer(saved) if saved else train_tokenizer(rows["train"], data.text_column, data.vocab_size)
+        if resume and load_tokenizer(resume).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"--tokenizer_name {data.tokenizer_name} has other tokens than the checkpoint {resume}; leave it out")
         built_in = data.dataset_name is None and data.train_file is None
         separate = (built_in or not data.pack) if data.documents is None else data.documents
         ids, blocks = pack(rows, tokenizer, data, separate)
@@ -587,12 +632,14 @@ def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
 
     model.eval()
     prompt = tokenizer(data.prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
-    if data.sample_tokens and prompt["input_ids"].numel():
+    room = getattr(model.config, "max_position_embeddings", math.inf) - prompt["input_ids"].numel()  # learned positions end there
+    count = min(data.sample_tokens, room)
+    if count > 0 and prompt["input_ids"].numel():
         set_seed(trainer.args.seed)
         out = model.generate(
             input_ids=prompt["input_ids"],
             attention_mask=prompt["attention_mask"],
-            max_new_tokens=data.sample_tokens,
+            max_new_tokens=count,
             do_sample=True,
             temperature=0.7,
             top_p=0.95,

@@ -482,11 +482,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no_weights", action="store_true", help="the weights are elsewhere: do not compare them with the results")
     options = parser.parse_args(arguments)
     common = {"template": options.template, "weights": not options.no_weights}
-    if options.check:
-        check_card(options.folder, **common)
-        print(f"{Path(options.folder) / CARD} says what the files give")
-    else:
-        print(f"written: {write_card(options.folder, evaluated=not options.not_evaluated, **common)}")
+    try:
+        if options.check:
+            check_card(options.folder, **common)
+            print(f"{Path(options.folder) / CARD} says what the files give")
+        else:
+            print(f"written: {write_card(options.folder, evaluated=not options.not_evaluated, **common)}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

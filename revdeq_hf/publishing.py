@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, TrainerCallback
@@ -135,6 +136,7 @@ def publish(
         PermissionError: no token, or one without the right.
         ConnectionError: the Hub could not be reached or broke off. Then nothing was published: the repository shows what it showed before.
     """
+    validate_repo_id(repo_id)
     with ExitStack() as stack:
         if isinstance(model, PreTrainedModel):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -171,7 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", help="picture to write; default: report.png in the folder, of several folders report.png here")
     options = parser.parse_args(arguments)
     names = [Path(folder).name for folder in options.folders]
-    runs = [read_run(folder, folder if names.count(name) > 1 else name) for folder, name in zip(options.folders, names, strict=True)]
+    try:
+        runs = [read_run(folder, folder if names.count(name) > 1 else name) for folder, name in zip(options.folders, names, strict=True)]
+    except FileNotFoundError as error:
+        parser.error(str(error))
     path = options.output or (Path(options.folders[0]) / "report.png" if len(runs) == 1 else "report.png")
     plot_runs(runs, path)
     print_runs(runs)

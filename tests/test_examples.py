@@ -1,5 +1,6 @@
 """The language script end to end on small data, packed, padded and streamed, interrupted and resumed, and with unusable input; the help of both scripts."""
 
+import gzip
 import importlib.util
 import itertools
 import json
@@ -199,6 +200,38 @@ def test_resuming_finds_its_place_in_a_stream_and_in_a_schedule(language, text_f
         assert rates[-1] <= 5e-3
 
 
+def test_a_resumed_run_keeps_its_tokenizer_whatever_became_of_the_text(language, text_files, tokens, tmp_path):
+    files = {split: str(tmp_path / Path(name).name) for split, name in text_files.items()}
+    for split, name in text_files.items():
+        shutil.copyfile(name, files[split])
+    arguments = language_arguments(tmp_path / "out", files, "--max_steps", "20")
+    first = language.main(arguments)
+    before = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    with Path(files["train"]).open("a", encoding="utf-8") as file:
+        file.write("omega psi chi phi upsilon tau sigma\n" * 2000)
+    second = language.main([*arguments, "--max_steps", "22", "--resume_from_checkpoint", "true"])
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == before
+    assert second["updates"] == 22
+    assert second["validation_loss"] < first["validation_loss"] + 0.2
+    tokens[1].save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="has other tokens than the checkpoint"):
+        language.main([*arguments, "--resume_from_checkpoint", "true", "--tokenizer_name", str(tmp_path / "other")])
+
+
+def test_compressed_tables_are_read_as_tables(language, tmp_path):
+    rows = [json.dumps({"text": f"line {number} of the text"}) for number in range(50)]
+    with gzip.open(tmp_path / "t.jsonl.gz", "wt") as file:
+        file.write("\n".join(rows))
+    loaded, _ = language.load_text(language.DataArguments(train_file=str(tmp_path / "t.jsonl.gz")))
+    assert set(loaded["train"]["text"]) | set(loaded["validation"]["text"]) == {f"line {number} of the text" for number in range(50)}
+
+
+def test_a_sample_ends_where_learned_positions_do(language, text_files, tmp_path, capsys):
+    arguments = language_arguments(tmp_path, text_files, "--max_steps", "2", "--block_type", "paper", "--sample_tokens", "120")
+    assert language.main(arguments)["updates"] == 2
+    assert "--- a sample ---" in capsys.readouterr().out
+
+
 def test_a_run_that_had_ended_is_not_trained_further(language, text_files, tmp_path):
     language.main(language_arguments(tmp_path / "whole", text_files, "--max_steps", "23"))  # not at the end of an epoch
     shutil.copytree(tmp_path / "whole" / "checkpoint-23", tmp_path / "cut" / "checkpoint-23")
@@ -330,6 +363,12 @@ def test_standard_library_splits_share_no_file(language):
         (["--train_file", "{empty}"], "no text"),
         (["--train_file", "{short}"], "shorter than one sequence"),
         (["--train_file", "{train}", "--text_column", "body"], "no column 'body'"),
+        (["--train_file", "{line}"], "one row, .* give --validation_file"),
+        (["--train_file", "{train}", "--validation_file", "{numbers}"], r"of one kind, got .*train\.txt \(text\), .*numbers\.csv \(csv\)"),
+        (["--train_file", "{train}", "--validation_file", "{table}"], r"must be a text, csv, json or parquet file, got .*table\.tsv"),
+        (["--train_file", "{numbers}", "--text_column", "n"], "column 'n' of split 'train' must hold texts, got Value"),
+        (["--train_file", "{latin}"], "latin.txt is not UTF-8; convert it first"),
+        (["--train_file", "{train}", "--steps_sampling", "uniform"], "--steps_sampling must be JSON such as '{\"distribution"),
         (["--train_file", "{train}", "--dataset_name", "x"], "not both"),
         (["--train_file", "{train}", "--beta", "1"], "must not be 1"),
         (["--train_file", "{train}", "--solver_steps", "-2"], "max_steps"),
@@ -355,12 +394,20 @@ def test_unusable_input_of_the_language_script_is_told(language, text_files, tok
     )
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "short.txt").write_text("one\ntwo\n" * 15)
+    (tmp_path / "line.txt").write_text("a b c d e f g h" * 40 + "\n")
+    (tmp_path / "latin.txt").write_bytes("h\u00e9h\u00e9\n".encode("latin-1") * 200)
+    for name in ("numbers.csv", "table.tsv"):
+        (tmp_path / name).write_text("n\n" + "\n".join(map(str, range(200))) + "\n")
     bare = language.RevDEQConfig(vocab_size=256, hidden_size=16, intermediate_size=16, num_attention_heads=2)
     language.RevDEQForCausalLM(bare).save_pretrained(tmp_path / "bare")
     _, tokenizer, _ = tokens
     tokenizer.save_pretrained(tmp_path / "large")
     language.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "endless")
-    names = {"{train}": text_files["train"], **{f"{{{name}}}": str(tmp_path / f"{name}.txt") for name in ("empty", "short")}}
+    names = {
+        "{train}": text_files["train"],
+        **{f"{{{name}}}": str(tmp_path / f"{name}.txt") for name in ("empty", "short", "line", "latin")},
+    }
+    names |= {"{numbers}": str(tmp_path / "numbers.csv"), "{table}": str(tmp_path / "table.tsv")}
     names |= {f"{{{name}}}": str(tmp_path / name) for name in ("bare", "large", "endless")}
     filled = [names.get(argument, argument) for argument in arguments]
     with pytest.raises(Exception, match=message):

@@ -570,6 +570,8 @@ def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
     [
         (["--train_dir", "nowhere"], "no folder 'nowhere'"),
         (["--validation_dir", "nowhere"], "needs --train_dir"),
+        (["--train_dir", "{tmp_path}"], r"must hold a folder of images for each class, at least two, got \[\]"),
+        (["--max_eval_images", "0"], "--max_eval_images must be at least 1, got 0"),
         (["--train_file", "nowhere.parquet"], "no file 'nowhere.parquet'"),
         (["--train_file", "images.csv"], "must be a .parquet file"),
         (["--train_file", "a.parquet", "--dataset_name", "x"], "one of --dataset_name, --train_dir and --train_file"),
@@ -591,8 +593,9 @@ def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
     ids=str,
 )
 def test_unusable_input_is_told(image, tmp_path, arguments, message):
+    filled = [argument.format(tmp_path=tmp_path) for argument in arguments]
     with pytest.raises(Exception, match=message):
-        image.main([*arguments, "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"])
+        image.main([*filled, "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"])
 
 
 def test_resuming_without_the_average_is_told(image, folder, tmp_path):

@@ -171,7 +171,7 @@ def test_code_that_travels_is_told(model):
         (r"(<!-- end of evaluation -->)", r"It beats models of 3.21 times its size.\n\g<1>", "evaluation"),
     ],
 )
-def test_a_planted_number_is_caught(model, old, new, part):
+def test_a_planted_number_is_caught(model, old, new, part, capsys):
     path = write_card(model)
     check_card(model)
     text = path.read_text()
@@ -180,8 +180,9 @@ def test_a_planted_number_is_caught(model, old, new, part):
     path.write_text(false)
     with pytest.raises(ValueError, match=rf"(?s)the part '{part}' .*3\.21"):
         check_card(model)
-    with pytest.raises(ValueError, match=r"3\.21"):
+    with pytest.raises(SystemExit, match="2"):
         main([str(model), "--check"])
+    assert re.search(rf"error: the part '{part}' .*3\.21", capsys.readouterr().err)
     main([str(model)])  # writes the true one
     assert path.read_text() == text
 
@@ -288,6 +289,12 @@ def test_errors_say_what_to_do(model, tmp_path):
     change_json(model / "config.json", lambda config: config.update(model_type="llama", architectures=["LlamaForCausalLM"]))
     with pytest.raises(ValueError, match="models of this package"):
         render_card(model)
+
+
+def test_the_command_tells_errors_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "python -m revdeq_hf.model_card: error: there is no model in" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

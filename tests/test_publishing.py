@@ -268,6 +268,11 @@ def spoil(folder: Path, kind: str) -> None:
         (folder / "adapter_config.json").write_text("{}")
 
 
+def test_a_name_that_no_repository_can_have_is_told_without_the_network(folder):
+    with pytest.raises(ValueError, match="Repo id must use alphanumeric chars"):
+        publish(folder, "a name", dry_run=True)
+
+
 @pytest.mark.usefixtures("trusting")
 @pytest.mark.parametrize(
     ("kind", "message"),
