@@ -296,7 +296,9 @@ class Stack(nn.Module):
 
 def build_stack(options: NetworkArguments, problem: Problem, layer: dict[str, int]) -> nn.Module:
     if options.model_name_or_path:
-        raise ValueError("--model_name_or_path takes an equilibrium network; a stack is trained from the start")
+        if not problem.tokens:
+            raise ValueError("--model_name_or_path takes an equilibrium network, or a llama; other stacks are trained from the start")
+        return LlamaForTokenClassification.from_pretrained(options.model_name_or_path)
     if problem.model is SudokuNetwork:
         return SudokuStack(options.hidden_size, layer["intermediate_size"], options.depth)
     if problem.tokens:  # the same layers; the problem's mask tells what each token sees

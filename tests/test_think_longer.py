@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation, AutoModelForTokenClassification
 
 pytestmark = pytest.mark.usefixtures("scripts")
@@ -186,6 +187,17 @@ def test_explicit_stacks(think, tmp_path, problem, size):
     assert [(row["size"], row["steps"]) for row in results["curve"]] == [(size, 2)]
 
 
+def test_a_llama_goes_on_from_where_it_was(think, tmp_path):
+    common = dict(problem="permutations", network="stack", depth=2, test_sizes=[12])
+    think.main(flags(**common, train_size=12, output_dir=tmp_path / "first"))
+    model = think.build_network(think.NetworkArguments(str(tmp_path / "first"), "stack"), think.PROBLEMS["permutations"])
+    saved = load_file(tmp_path / "first" / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    think.main(flags(**common, train_size=14, model_name_or_path=str(tmp_path / "first"), output_dir=tmp_path / "then"))
+    then = load_file(tmp_path / "then" / "model.safetensors")
+    assert 0 < max((then[name] - value).abs().max() for name, value in saved.items()) < 0.2
+
+
 def test_equal_evaluations_means_equal_convolutions(think):
     """A block of the stack has the convolutions of one evaluation of the equilibrium's block; and the docstring's flags give about as many parameters."""
     options = think.NetworkArguments(network="stack", depth=30)
@@ -268,7 +280,10 @@ def test_labels_that_weigh_more(think, tmp_path):
     [
         (dict(problem="chess"), "--problem must be one of prefix_sums, mazes, sudoku, sudoku_tokens, permutations, got 'chess'"),
         (dict(network="transformer"), "--network must be equilibrium or stack, got 'transformer'"),
-        (dict(network="stack", model_name_or_path="runs/x"), "takes an equilibrium network; a stack is trained from the start"),
+        (
+            dict(network="stack", model_name_or_path="runs/x"),
+            "takes an equilibrium network, or a llama; other stacks are trained from the start",
+        ),
         (dict(train_steps=[5, 3]), "--train_steps takes a number of steps, or the least and the most of them, got 5 3"),
         (dict(label_weights=[1, 0]), "--label_weights takes two positive numbers"),
         (dict(tiles=2), "--tiles is for mazes and at least 1, got 2 for prefix_sums"),
