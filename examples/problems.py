@@ -38,10 +38,14 @@ def _dataset(draw: Callable[[random.Random], dict[str, Any]], count: int, seed: 
     numbers = random.Random(seed)
 
     def problems() -> Iterator[dict[str, Any]]:
-        while True:
+        missed = 0
+        while missed < 100_000:
             problem = draw(numbers)
+            missed += 1
             if (zlib.crc32(problem["given"]) % TEST_SHARE == 0) == (split == "test"):
                 yield {name: value for name, value in problem.items() if name != "given"}
+                missed = 0
+        raise ValueError(f"of {missed:,} problems none belongs to the split {split!r}: there are too few of this size, take larger ones")
 
     source = problems()
     return Dataset.from_list([next(source) for _ in range(count)])
@@ -394,6 +398,8 @@ def guises(puzzles: Dataset, copies: int, seed: int) -> Dataset:
         return {"digits": names[digits[cells]].tolist(), "labels": (names[labels[cells] + 1] - 1).tolist()}
 
     rows = list(puzzles)
+    if any(len(row["digits"]) != 81 for row in rows):
+        raise ValueError(f"guises are those of 9 x 9 puzzles, got one of {len(rows[0]['digits'])} cells")
     return Dataset.from_list([disguised(row) for _ in range(copies) for row in rows])
 
 

@@ -28,6 +28,7 @@ PARTS = {
 }
 # fields of a configuration that the library, the Trainer or the first step sets
 FREE_FIELDS = {
+    "_name_or_path",
     "transformers_version",
     "auto_map",
     "architectures",
@@ -76,13 +77,21 @@ def _file_defect(path: Path) -> str | None:
     return None
 
 
+def _checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """Whole or not, the newest first."""
+    numbered = ((path.name.rsplit("-", 1)[1], path) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    return [path for _, path in sorted(((int(number), path) for number, path in numbered if number.isdigit()), reverse=True)]
+
+
 def last_whole_checkpoint(folder: str | os.PathLike) -> str | None:
     """The newest whole checkpoint of a Trainer's output folder, or None."""
-    numbered = ((path.name.rsplit("-", 1)[1], path) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    for _, path in sorted(((int(number), path) for number, path in numbered if number.isdigit()), reverse=True):
-        if checkpoint_defect(path) is None:
-            return str(path)
-    return None
+    return next((str(path) for path in _checkpoints(folder) if checkpoint_defect(path) is None), None)
+
+
+def _holds_a_model_alone(folder: Path) -> bool:
+    """Whether it is a checkpoint that `save_only_model` wrote."""
+    there = {part for part, patterns in PARTS.items() if any(True for pattern in patterns for _ in folder.glob(pattern))}
+    return (folder / STATE).is_file() and there == {"weights"}
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
@@ -99,6 +108,12 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             raise FileExistsError(
                 f"{folder!r} holds checkpoints of an earlier run, {Path(earlier).name} among them: go on from it with --resume_from_checkpoint true, "
                 "or choose another --output_dir, or delete them"
+            )
+        models = next(filter(_holds_a_model_alone, _checkpoints(folder)), None)
+        if models is not None:
+            raise FileExistsError(
+                f"{folder!r} holds models of an earlier run, {models.name} among them, without what it takes to go on (--save_only_model): choose another "
+                "--output_dir, or delete them"
             )
         return None
     if str(wanted).lower() != "true":
@@ -153,9 +168,23 @@ class ResumableTrainer(Trainer):
         if self.args.push_to_hub:
             self.add_callback(BundleCallback())
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        if isinstance(resume_from_checkpoint, str):
-            check_same_model(self.model.config, resume_from_checkpoint)
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any):
+        """transformers' `train`; True goes on from the newest whole checkpoint of the output folder.
+
+        Raises:
+            FileNotFoundError: it is no whole checkpoint, or there is none.
+            ValueError: it is one of another model.
+        """
+        if resume_from_checkpoint:
+            found = last_whole_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else os.fspath(resume_from_checkpoint)
+            if found is None:
+                raise FileNotFoundError(f"resume_from_checkpoint=True: there is no whole checkpoint in {self.args.output_dir!r}")
+            if (defect := checkpoint_defect(found)) is not None:
+                raise FileNotFoundError(f"resume_from_checkpoint: {found!r} is not a whole checkpoint: {defect}")
+            config = getattr(self.model, "config", None)
+            if config is not None:  # a plain module has none
+                check_same_model(config, found)
+            resume_from_checkpoint = found
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

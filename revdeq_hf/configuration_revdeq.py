@@ -7,6 +7,7 @@ from typing import cast
 from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.type_validators import interval
 
 from .hub_revdeq import BundledConfig
@@ -183,6 +184,13 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
             )
         _check_member(self, "block_type", BLOCK_TYPES)
         _check_member(self, "kv_cache", KV_CACHES)
+        rope = self.rope_parameters or {}
+        if (kind := rope.get("rope_type", "default")) not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(
+                f"rope_type of rope_parameters must be one of 'default', {', '.join(map(repr, ROPE_INIT_FUNCTIONS))}, got {kind!r}"
+            )
+        if (share := rope.get("partial_rotary_factor", 1.0)) != 1:
+            raise ValueError(f"rotary positions turn all of a head here: partial_rotary_factor of rope_parameters must be 1, got {share}")
         if self.block_type == "modern" and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head size, got hidden_size / num_attention_heads = {self.head_dim}")
         if not self.norm_eps > 0:
@@ -316,8 +324,8 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
 
         Their `tol` of 1e-6 is left out: 4 steps do not reach it, and looking for it has its price.
         """
-        settings = dict(hidden_sizes=[128, 256, 256, 128], expansion_ratios=[1, 3, 3, 1], initializer_range=None, num_labels=10)
-        return cls(**{**settings, **kwargs})
+        settings = dict(hidden_sizes=[128, 256, 256, 128], expansion_ratios=[1, 3, 3, 1], initializer_range=None)
+        return cls(**{**settings, **_ten_labels(kwargs), **kwargs})
 
     @classmethod
     def paper_cifar10_singlescale(cls, **kwargs) -> "RevDEQVisionConfig":
@@ -335,9 +343,8 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
             stem="group_norm",
             residual_stages=False,
             initializer_range=None,
-            num_labels=10,
         )
-        return cls(**{**settings, **kwargs})
+        return cls(**{**settings, **_ten_labels(kwargs), **kwargs})
 
     @classmethod
     def dense_prediction(cls, **kwargs) -> "RevDEQVisionConfig":
@@ -399,6 +406,11 @@ def _check_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:
         value = getattr(config, name)
         if value is None or not math.isfinite(value) or value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _ten_labels(settings: dict) -> dict:
+    """Those of CIFAR-10, where a preset is not given others."""
+    return {} if "id2label" in settings else {"num_labels": 10}
 
 
 def _check_member(config: PreTrainedConfig, name: str, allowed: tuple[str, ...]) -> None:

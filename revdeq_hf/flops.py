@@ -6,7 +6,7 @@ from torch import nn
 from .block_revdeq import RevDEQAttention
 from .layer_revdeq import ReversibleFixedPoint, fixed_point_layers
 from .modeling_revdeq import RevDEQPreTrainedModel
-from .modeling_revdeq_vision import RevDEQVisionNetwork
+from .modeling_revdeq_vision import RevDEQForSemanticSegmentation, RevDEQVisionNetwork
 
 
 def training_flops(model: nn.Module) -> int:
@@ -36,8 +36,10 @@ def training_flops(model: nn.Module) -> int:
         pooled = network.config.downsample == "max_pool"  # whose convolutions work before the resolution falls
         total += _products(network.stem, shapes[0]) * (network.config.stem_stride**2 if pooled else 1)
         total += sum(_products(part, shape) for part, shape in zip(network.downsamples, shapes[:-1] if pooled else shapes[1:], strict=True))
-        shape = torch.Size((shapes[0][0], 1))  # the classifier, on pooled features
+        shape = torch.Size((shapes[0][0], 1))  # a classifier of pooled features
         total += sum(_product(module, shape) for module in outside if isinstance(module, nn.Linear))
+        heads = (module.classifier for module in outside if isinstance(module, RevDEQForSemanticSegmentation))
+        total += sum(_product(head, shapes[-1]) for head in heads)  # of every pixel
     elif any(isinstance(module, RevDEQPreTrainedModel) for module in outside):
         total += sum(_product(module, shapes[0]) for module in outside)
     return 3 * total

@@ -68,7 +68,12 @@ def linear_cross_entropy(
     if num_items is None:
         count = (labels != ignore_index).sum()
         return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
-    return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
+    return total / at_least_one(num_items, total.device)
+
+
+def at_least_one(num_items: torch.Tensor | int, device: torch.device) -> torch.Tensor | int:
+    """The number to divide by: where no label of an update counts the loss and its gradients are 0, not NaN."""
+    return num_items.to(device).clamp(min=1) if isinstance(num_items, torch.Tensor) else max(1, num_items)
 
 
 def share_of_batch(loss: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
@@ -160,6 +165,11 @@ def _sum_and_gradients(
         if grad_weight is not None:
             if grad_weight.dtype == grad.dtype:
                 grad_weight.addmm_(grad.T, rows)
+            elif grad.dtype == torch.float16:
+                # thousands of rows of a common label may add up to more than float16 holds, before any loss scale could help
+                greatest = rows.abs().amax().float() * torch.linalg.vector_norm(grad, ord=1, dim=0, dtype=torch.float32).amax()
+                scale = (torch.finfo(torch.float16).max / greatest).log2().floor().clamp(max=0).exp2()
+                grad_weight += torch.mm(grad.T, rows * scale).float() / scale
             else:
                 grad_weight += torch.mm(grad.T, rows)
         del logits, grad  # or they would be there while the next ones are made

@@ -45,7 +45,7 @@ from .configuration_revdeq import RevDEQConfig
 from .generation_revdeq import RevDEQGenerationMixin, with_steps
 from .hub_revdeq import BundledModel, refuse_settings
 from .layer_revdeq import ReversibleFixedPoint
-from .loss_revdeq import linear_cross_entropy, share_of_batch
+from .loss_revdeq import at_least_one, linear_cross_entropy, share_of_batch
 from .steps_revdeq import check_steps
 
 logger = logging.get_logger(__name__)
@@ -290,6 +290,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             raise ValueError(f"inputs_embeds must be (batch, seq, {self.config.hidden_size}), got {tuple(embeds.shape)}")
         _check_shapes(embeds.shape, attention_mask, position_ids, past_key_values)
         if not self.config.is_causal:
+            _refuse_packing(position_ids, attention_mask)
             use_cache = False
             if past_key_values is not None:
                 raise ValueError(
@@ -513,6 +514,8 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         else:
             logits = self.lm_head(hidden_states)
             if labels is not None:
+                if kwargs.get("num_items_in_batch") is not None:
+                    kwargs["num_items_in_batch"] = at_least_one(kwargs["num_items_in_batch"], logits.device)
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return RevDEQCausalLMOutput(
             loss=loss,
@@ -675,6 +678,18 @@ def _check_shapes(shape: torch.Size, attention_mask, position_ids: torch.Tensor 
         raise ValueError(f"attention_mask must be (batch, seq) = ({batch}, {seq}), got {tuple(attention_mask.shape)}")
     if position_ids is not None and (position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != seq):
         raise ValueError(f"position_ids must be (batch or 1, seq) = ({batch}, {seq}), got {tuple(position_ids.shape)}")
+
+
+def _refuse_packing(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
+    """Raises ValueError for positions that begin anew, as those of packed sequences do, without a mask that keeps them apart."""
+    if position_ids is None or attention_mask is not None or not _may_look(position_ids):
+        return
+    before, after = position_ids[..., :-1], position_ids[..., 1:]
+    if bool(((after == 0) & (before > 0)).any()) and bool(((after == 0) | (after == before + 1)).all()):
+        raise ValueError(
+            "position_ids begin anew, as those of packed sequences do: with config.is_causal=False their tokens would see one another; pass an attention_mask "
+            "(batch, 1, seq, seq) that keeps the sequences apart, or a sequence in each row, padded"
+        )
 
 
 def _may_look(ids: torch.Tensor) -> bool:

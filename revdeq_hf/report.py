@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="output folder of a training run")
     parser.add_argument("--output", help="picture to write; default: report.png in the folder, of several folders report.png here")
     options = parser.parse_args(arguments)
-    names = [Path(folder).name for folder in options.folders]
+    names = [Path(folder).resolve().name for folder in options.folders]
     try:
         runs = [read_run(folder, folder if names.count(name) > 1 else name) for folder, name in zip(options.folders, names, strict=True)]
     except FileNotFoundError as error:

@@ -131,7 +131,7 @@ class RevDEQCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, model=None, **kwargs) -> None:
         if logs is None or "loss" not in logs or self._sums is None or self._peaks is None or self._began is None:
             return
-        sums, peaks = self._sums.double(), self._peaks.double()
+        sums, peaks = (part.to(torch.float32 if part.device.type == "mps" else torch.float64) for part in (self._sums, self._peaks))
         totals = sums.new_tensor([self._items, self._flops])
         memory = sums.new_tensor(float(peak_memory() or 0))
         ranks = 1
@@ -168,11 +168,13 @@ class RevDEQCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(figures)  # Trainer has appended its copy already
         self._clear()
-        reasons = self._reasons(logs["loss"], figures["residual"], table, highest)
+        # Trainer shows a loss that is not finite as 0 (`logging_nan_inf_filter`); in float16 the scaler leaves out steps whose gradient is not finite
+        norm = 0.0 if args.fp16 else logs.get("grad_norm") or 0.0
+        reasons = self._reasons(logs["loss"], norm, figures["residual"], table, highest)
         if reasons and self.on_divergence != "ignore":
             self._act(args, state, control, model, reasons, **kwargs)
 
-    def _reasons(self, loss: float, residual: float, table: list[dict[str, float]], highest: list[list[float]]) -> list[str]:
+    def _reasons(self, loss: float, norm: float, residual: float, table: list[dict[str, float]], highest: list[list[float]]) -> list[str]:
         """What speaks for divergence: sentences, none where all is well. The same on all ranks."""
         found = []
         for (name, _), row, (_, _, bad) in zip(self._layers, table, highest, strict=True):
@@ -183,6 +185,8 @@ class RevDEQCallback(TrainerCallback):
                 )
         if not found and not math.isfinite(loss):
             found.append(f"the loss is {loss}")
+        if not found and not math.isfinite(norm):
+            found.append(f"the norm of the gradient is {norm}")
         drawn = any(layer.steps_sampling is not None for _, layer in self._layers)  # residuals of other numbers of steps do not compare
         self._rises = self._rises + 1 if residual > max(0.1, 10 * self._least) and not drawn else 0
         self._least = min(self._least, residual)
@@ -233,10 +237,16 @@ def _greatest(values: Iterable[float]) -> float:
 def _halve_learning_rates(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
     """Of the optimiser, and of what the scheduler will compute from now on (both are saved in checkpoints)."""
     for group in optimizer.param_groups:
-        group["lr"] /= 2
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
-    if hasattr(scheduler, "base_lrs"):
-        scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+        for name in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():  # OneCycleLR goes by the last three
+            group[name] /= 2
+
+    def halve(scheduler: Any) -> None:
+        if hasattr(scheduler, "base_lrs"):
+            scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+        for part in getattr(scheduler, "_schedulers", []):  # SequentialLR, ChainedScheduler
+            halve(part)
+
+    halve(getattr(scheduler, "scheduler", scheduler))  # Accelerate's wrapper
 
 
 @torch.no_grad()
@@ -400,9 +410,10 @@ def residual_curve(model: nn.Module, inputs: dict[str, torch.Tensor], steps: int
 
 
 def peak_memory() -> int | None:
-    """Peak bytes of this process: allocated on the accelerator where there is one, else resident (None where the system does not say)."""
+    """Peak bytes of this process: allocated on the accelerator where there is one, else resident (None where the system or the device does not say)."""
     if torch.accelerator.is_available():
-        return int(torch.get_device_module().max_memory_allocated())
+        tell = getattr(torch.get_device_module(), "max_memory_allocated", None)  # MPS has none
+        return None if tell is None else int(tell())
     try:
         import resource
     except ImportError:  # Windows

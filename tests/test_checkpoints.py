@@ -88,6 +88,62 @@ def test_a_new_run_does_not_overwrite_the_checkpoints_of_another(run):
     assert checkpoint_to_resume(arguments) is None
 
 
+def test_a_new_run_does_not_overwrite_models_saved_alone(run):
+    shutil.rmtree(run / "checkpoint-4")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (run / "checkpoint-2" / name).unlink()
+    with pytest.raises(FileExistsError, match=r"models of an earlier run, checkpoint-2 .*--save_only_model"):
+        checkpoint_to_resume(TrainingArguments(str(run), use_cpu=True))
+
+
+def test_a_run_from_a_loaded_model_is_resumed(run, tmp_path):
+    def going_on(steps: int) -> ResumableTrainer:
+        made = trainer(tmp_path / "further", steps=steps)
+        made.model = made.model_wrapped = RevDEQForCausalLM.from_pretrained(run / "checkpoint-4")
+        return made
+
+    going_on(2).train()
+    again = going_on(4)
+    assert again.model.config.to_dict()["_name_or_path"]
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_what_is_given_to_train_is_looked_at(run, kind):
+    (run / "checkpoint-4" / "trainer_state.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-4' is not a whole checkpoint: trainer_state\.json"):
+        trainer(run, steps=6).train(resume_from_checkpoint=kind(run / "checkpoint-4"))
+    with pytest.raises(ValueError, match=r"beta 0\.5 instead of 0\.7"):
+        trainer(run, steps=6, beta=0.7).train(resume_from_checkpoint=kind(run / "checkpoint-2"))
+    newest = trainer(run, steps=3)
+    newest.train(resume_from_checkpoint=True)
+    assert newest.state.global_step == 3
+    shutil.rmtree(run)
+    with pytest.raises(FileNotFoundError, match="there is no whole checkpoint in"):
+        trainer(run).train(resume_from_checkpoint=True)
+
+
+def test_a_model_without_a_configuration_is_resumed(tmp_path):
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(32, 32)
+
+        def forward(self, input_ids, labels):
+            return {"loss": torch.nn.functional.cross_entropy(self.table(input_ids).flatten(0, 1), labels.flatten())}
+
+    def made(steps: int) -> ResumableTrainer:
+        arguments = TrainingArguments(str(tmp_path), max_steps=steps, save_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
+        return ResumableTrainer(Plain(), arguments, train_dataset=ROWS)
+
+    made(2).train()
+    newest = checkpoint_to_resume(TrainingArguments(str(tmp_path), resume_from_checkpoint="true", use_cpu=True))
+    again = made(4)
+    again.train(resume_from_checkpoint=newest)
+    assert again.state.global_step == 4
+
+
 def test_a_half_written_checkpoint_is_not_made_whole_by_writing_over_it(run, monkeypatch):
     """A kill while checkpoint-4 is written anew must not leave new weights beside the old state."""
 

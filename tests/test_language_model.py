@@ -283,6 +283,14 @@ def test_presets_and_counts():
         (dict(vocab_size=0), "vocab_size"),
         (dict(vocab_size="many"), "vocab_size"),
         (dict(num_hidden_layers=7), "set max_steps or num_block_layers"),
+        (
+            dict(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
+            "rope_type of rope_parameters must be one of .*'yarn'.*got 'spiral'",
+        ),
+        (
+            dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+            "partial_rotary_factor .* must be 1, got 0.5",
+        ),
     ],
     ids=str,
 )
@@ -303,6 +311,19 @@ def test_head_dim_follows_from_width_and_heads():
 def test_settings_of_the_layer_are_refused_in_a_call(name):
     with pytest.raises(ValueError, match=f"{name}: settings of the model's fixed-point layers, not of a call"):
         small()(IDS, **{name: 0.5})
+
+
+def test_packed_sequences_that_would_see_one_another_are_refused():
+    ids, positions = IDS[:1, :9], torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    model = small(is_causal=False)
+    with pytest.raises(ValueError, match=r"with config\.is_causal=False their tokens would see one another"):
+        model.model(ids, position_ids=positions)
+    apart = torch.block_diag(torch.ones(4, 4), torch.ones(5, 5)).bool()[None, None]
+    packed = model.model(ids, position_ids=positions, attention_mask=apart).last_hidden_state
+    alone = [model.model(ids[:, part]).last_hidden_state for part in (slice(0, 4), slice(4, 9))]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+    for other in (torch.zeros_like(positions), 2 * positions, positions.flip(1)):  # no sign of packing
+        model.model(ids, position_ids=other)
 
 
 def test_a_larger_embedding_may_take_the_place_of_the_models_own():

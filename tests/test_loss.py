@@ -88,7 +88,37 @@ def test_all_labels_ignored():
     for loss in (linear_cross_entropy(hidden, weight, labels), cross_entropy(hidden @ weight.T, labels)):
         assert loss.isnan()
         assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (hidden, weight)))
-    assert linear_cross_entropy(hidden, weight, labels, num_items=7) == 0
+    for items in (7, 0, torch.tensor(0)):  # none in all micro-batches of an update
+        loss = linear_cross_entropy(hidden, weight, labels, num_items=items)
+        assert loss == 0
+        assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_an_update_without_a_label_changes_nothing(skip_logits):
+    model = model_of()
+    loss = model(IDS, labels=torch.full_like(IDS, -100), skip_logits=skip_logits, num_items_in_batch=torch.tensor(0)).loss
+    assert loss == 0
+    loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
+
+
+def test_many_rows_of_a_common_label_stay_within_float16():
+    """A byte vocabulary, a fifth of the tokens the same, a channel that is large everywhere: their sum is beyond 65,504 before it is divided."""
+    torch.manual_seed(0)
+    count = 32 * 1024
+    hidden, weight = torch.randn(count, 64), 0.02 * torch.randn(256, 64)
+    hidden[:, 3] = 24.0
+    labels = torch.where(torch.rand(count) < 0.2, 32, torch.randint(0, 256, (count,)))
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        a, b = hidden.to(dtype).requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=dtype == torch.float16):
+            loss = linear_cross_entropy(a, b, labels)
+        found[dtype] = torch.autograd.grad(2.0**12 * loss, (a, b))  # with a loss scale, as float16 is trained
+    assert 24.0 * (labels == 32).sum() > torch.finfo(torch.float16).max
+    for half, exact in zip(found[torch.float16], found[torch.float32], strict=True):
+        assert relative_error(half, exact) < 5e-3
 
 
 def test_only_what_is_asked_for():

@@ -238,6 +238,11 @@ def test_guises_are_puzzles_with_one_solution(problems):
         assert problems.solutions(row["digits"]) == [[label + 1 for label in row["labels"]]]
 
 
+def test_guises_are_of_nine_digits(problems):
+    with pytest.raises(ValueError, match="guises are those of 9 x 9 puzzles, got one of 16 cells"):
+        problems.guises(problems.sudoku(1, 8, 0, side=4), 1, 0)
+
+
 def test_contradicting_puzzles_have_no_solution(problems):
     rows = problems.contradicting(problems.sudoku(4, 30, seed=0), seed=0)
     for row in rows:
@@ -296,6 +301,7 @@ def test_a_mosaic_holds_every_maze_once_with_walls_between(problems):
         (("sudoku", 1, 100, 0, "train", 25), "side must be 4, 9 or 16, got 25"),
         (("permutations", 1, 8, 0), "length must be at least 12 .*got 8"),
         (("prefix_sums", 1, 0, 0), "bits must be at least 1, got 0"),
+        (("prefix_sums", 1, 1, 0, "test"), "none belongs to the split 'test': there are too few of this size"),
         (("prefix_sums", 0, 4, 0), "count must be at least 1, got 0"),
         (("mazes", 1, 9, 0, "validation"), "split must be 'train' or 'test', got 'validation'"),
     ],

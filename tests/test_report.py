@@ -5,6 +5,7 @@ import json
 import math
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from revdeq_hf import (
     RevDEQConfig,
     RevDEQForCausalLM,
     RevDEQForImageClassification,
+    RevDEQForSemanticSegmentation,
     RevDEQForTokenClassification,
     RevDEQVisionConfig,
     ReversibleFixedPoint,
@@ -24,7 +26,7 @@ from revdeq_hf import (
 from revdeq_hf.flops import training_flops
 from revdeq_hf.layer_revdeq import SolveStatistics
 from revdeq_hf.report import Run, main, plot_runs, read_run, summary
-from revdeq_hf.training import RevDEQCallback, greatest_drift, residual_curve
+from revdeq_hf.training import RevDEQCallback, _halve_learning_rates, greatest_drift, peak_memory, residual_curve
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_steps=3)
 ROWS = [{"input_ids": [(7 * i + j) % 64 for j in range(9)], "labels": [(7 * i + j) % 64 for j in range(9)]} for i in range(16)]
@@ -198,6 +200,54 @@ def test_divergence_is_explained_once_and_stops_if_asked(tmp_path):
         RevDEQCallback("explode")
 
 
+def test_a_gradient_that_is_not_finite_is_told(tmp_path):
+    """Trainer logs a loss of 0 then, and the solves are finite."""
+    model = text_model()
+    model.model.requires_grad_(False)
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    with pytest.warns(UserWarning, match="diverges at update 2: the norm of the gradient is nan"):
+        trainer = train(model, tmp_path, RevDEQCallback("stop", peak_flops=0))
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("kind", ["OneCycleLR", "SequentialLR"])
+def test_schedules_of_schedules_are_halved(kind):
+    def made():
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedules = torch.optim.lr_scheduler
+        if kind == "OneCycleLR":
+            return optimizer, schedules.OneCycleLR(optimizer, max_lr=1.0, total_steps=20, cycle_momentum=False)
+        parts = [schedules.LambdaLR(optimizer, lambda update: 1 / (1 + update)) for _ in range(2)]
+        return optimizer, schedules.SequentialLR(optimizer, parts, [10])
+
+    rates = {}
+    for halved in (False, True):
+        optimizer, scheduler = made()
+        for update in range(15):
+            if update == 5 and halved:
+                _halve_learning_rates(optimizer, scheduler)
+            rates.setdefault(halved, []).append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+    assert rates[True] == pytest.approx([rate / (1 + (update >= 5)) for update, rate in enumerate(rates[False])])
+
+
+def test_peak_memory_of_a_device_that_does_not_tell(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda: torch.mps)
+    assert peak_memory() is None
+
+
+def test_flops_of_a_segmentation_count_its_classifier():
+    model = RevDEQForSemanticSegmentation(
+        RevDEQVisionConfig.dense_prediction(num_channels=3, num_labels=50, hidden_sizes=[16], max_steps=2)
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.randn(2, 3, 9, 11))
+    assert training_flops(model) == 3 * counter.get_total_flops() > 0
+
+
 def test_a_rising_residual_halves_the_learning_rate_if_asked(tmp_path):
     class Calm(nn.Module):
         def __init__(self):
@@ -264,7 +314,7 @@ def test_the_step_named_is_that_of_the_stage_and_solve_that_failed():
     with pytest.warns(
         UserWarning, match=r"'b' was not finite in 11 evaluations of an example, first at step 5 of the solve or before"
     ) as caught:
-        callback.on_log(None, TrainerState(log_history=[]), TrainerControl(), logs={"loss": 1.0}, model=model)
+        callback.on_log(SimpleNamespace(fp16=False), TrainerState(log_history=[]), TrainerControl(), logs={"loss": 1.0}, model=model)
     assert "'a'" not in str(caught[0].message)
 
 

@@ -275,6 +275,14 @@ def test_trajectory():
         assert states[0][0].requires_grad is differentiable
 
 
+@pytest.mark.parametrize("preset", ["paper_cifar10_multiscale", "paper_cifar10_singlescale"])
+def test_presets_take_labels(preset):
+    make = getattr(RevDEQVisionConfig, preset)
+    assert make().num_labels == 10
+    assert make(num_labels=4).num_labels == 4
+    assert make(id2label={0: "a", 1: "b", 2: "c"}).id2label == {0: "a", 1: "b", 2: "c"}
+
+
 def test_counts_of_the_papers_network():
     assert RevDEQForImageClassification(RevDEQVisionConfig.paper_cifar10_multiscale()).num_parameters() == 10_319_754
     narrow = RevDEQVisionConfig.paper_cifar10_multiscale(expansion_ratios=[1, 1, 1, 1])
