@@ -156,6 +156,9 @@ def _sum_and_gradients(
         if not any(wanted):
             continue
         grad = logits.sub_(lse).exp_()  # the softmax, in place
+        reach = None
+        if hidden.dtype == torch.float16:  # the most that entries of a column add up to, the labels' part included
+            reach = grad.sum(0).scatter_add_(0, targets.squeeze(1), (~ignored).squeeze(1).float()).amax()
         if smoothing:
             grad.sub_(smoothing / weight.shape[0])
         grad.scatter_add_(1, targets, torch.full_like(lse, smoothing - 1))
@@ -165,10 +168,9 @@ def _sum_and_gradients(
         if grad_weight is not None:
             if grad_weight.dtype == grad.dtype:
                 grad_weight.addmm_(grad.T, rows)
-            elif grad.dtype == torch.float16:
+            elif reach is not None:
                 # thousands of rows of a common label may add up to more than float16 holds, before any loss scale could help
-                greatest = rows.abs().amax().float() * torch.linalg.vector_norm(grad, ord=1, dim=0, dtype=torch.float32).amax()
-                scale = (torch.finfo(torch.float16).max / greatest).log2().floor().clamp(max=0).exp2()
+                scale = (torch.finfo(torch.float16).max / 2 / (rows.abs().amax().float() * reach)).log2().floor().clamp(max=0).exp2()
                 grad_weight += torch.mm(grad.T, rows * scale).float() / scale
             else:
                 grad_weight += torch.mm(grad.T, rows)
