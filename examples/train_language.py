@@ -545,7 +545,7 @@ def main(arguments: list[str] | None = None) -> dict:
         # a tokenizer trained on a text that has changed since would give the tokens of the weights other meanings
         saved = data.tokenizer_name or resume or options.model_name_or_path
         tokenizer = load_tokenizer(saved) if saved else train_tokenizer(rows["train"], data.text_column, data.vocab_size)
-        if resume and load_tokenizer(resume).get_vocab() != tokenizer.get_vocab():
+        if resume and data.tokenizer_name and load_tokenizer(resume).get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"--tokenizer_name {data.tokenizer_name} has other tokens than the checkpoint {resume}; leave it out")
         built_in = data.dataset_name is None and data.train_file is None
         separate = (built_in or not data.pack) if data.documents is None else data.documents

@@ -116,14 +116,20 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
                 "--output_dir, or delete them"
             )
         return None
-    if str(wanted).lower() != "true":
-        defect = checkpoint_defect(wanted)
-        if defect is not None:
-            raise FileNotFoundError(f"--resume_from_checkpoint: {wanted!r} is not a whole checkpoint: {defect}")
-        return str(wanted)
-    found = last_whole_checkpoint(folder)
-    if found is None:
-        raise FileNotFoundError(f"--resume_from_checkpoint true: there is no whole checkpoint in {folder!r}; start without the flag")
+    return _named_or_newest(True if str(wanted).lower() == "true" else wanted, folder)
+
+
+def _named_or_newest(wanted: str | os.PathLike | bool, folder: str | os.PathLike) -> str:
+    """The checkpoint of this path, or (True) the newest whole one of the output folder; FileNotFoundError where it is not whole, or there is none."""
+    if wanted is True:
+        found = last_whole_checkpoint(folder)
+        if found is None:
+            raise FileNotFoundError(f"--resume_from_checkpoint true: there is no whole checkpoint in {folder!r}; start without the flag")
+        return found
+    found = os.fspath(wanted)  # type: ignore[arg-type]
+    defect = checkpoint_defect(found)
+    if defect is not None:
+        raise FileNotFoundError(f"--resume_from_checkpoint: {found!r} is not a whole checkpoint: {defect}")
     return found
 
 
@@ -176,11 +182,7 @@ class ResumableTrainer(Trainer):
             ValueError: it is one of another model.
         """
         if resume_from_checkpoint:
-            found = last_whole_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else os.fspath(resume_from_checkpoint)
-            if found is None:
-                raise FileNotFoundError(f"resume_from_checkpoint=True: there is no whole checkpoint in {self.args.output_dir!r}")
-            if (defect := checkpoint_defect(found)) is not None:
-                raise FileNotFoundError(f"resume_from_checkpoint: {found!r} is not a whole checkpoint: {defect}")
+            found = _named_or_newest(resume_from_checkpoint, self.args.output_dir)
             config = getattr(self.model, "config", None)
             if config is not None:  # a plain module has none
                 check_same_model(config, found)

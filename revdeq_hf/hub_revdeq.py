@@ -66,8 +66,8 @@ def refuse_settings(call: Iterable[str]) -> None:
     found = sorted(NOT_PER_CALL.intersection(call))
     if found:
         raise ValueError(
-            f"{', '.join(found)}: settings of the model's fixed-point layers, not of a call (max_steps is one). Give them when the model is made or loaded, "
-            f"from_pretrained(folder, {found[0]}=...), or set them on the layers: for _, layer in fixed_point_layers(model): layer.{found[0]} = ..."
+            f"{', '.join(found)}: settings of the model's fixed-point layers, not of a call (max_steps is one). Settings are given when the model is made or "
+            "loaded, from_pretrained(folder, tol=1e-3), or set on the layers: for _, layer in fixed_point_layers(model): layer.tol = 1e-3"
         )
 
 

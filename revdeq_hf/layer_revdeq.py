@@ -2,6 +2,7 @@
 """`ReversibleFixedPoint`: the equilibrium of any block, as a module, with a proof of exactness after every backward pass."""
 
 import contextlib
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -275,6 +276,10 @@ class ReversibleFixedPoint(nn.Module):
         self._certificate.policy = _check_choice("drift_policy", policy, DRIFT_POLICIES)
 
     @property
+    def _approximation(self) -> Approximation:
+        return Approximation(self.solver, self.beta, self.solver_memory, self.adjoint_tol, self.adjoint_max_steps, self.phantom_steps)
+
+    @property
     def draws_steps(self) -> bool:
         """Whether a call without `max_steps` would now draw its number of steps."""
         return self.steps_sampling is not None and self._learns
@@ -410,7 +415,7 @@ class ReversibleFixedPoint(nn.Module):
             steps = self.max_steps
         is_tuple = isinstance(x if z0 is None else z0, tuple)
         evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, self.damping)
-        refuse_function_transforms([*state, *evaluator.tensors, *self.block.parameters()])
+        refuse_function_transforms(itertools.chain(state, evaluator.tensors, self.block.parameters()))
         start = None if z0 is None else state
         # what autograd follows by itself need not be among the arguments: keys in a cache, for example
         wants_gradient = torch.is_grad_enabled() and (
@@ -445,9 +450,6 @@ class ReversibleFixedPoint(nn.Module):
             self._certificate.catch_up()
         recompute_before = 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0
         follow = wants_gradient and mode in EXACT_MODES
-        approximation = Approximation(
-            self.solver, self.beta, self.solver_memory, self.adjoint_tol, self.adjoint_max_steps, self.phantom_steps
-        )
         if self.solver == "reversible":
             noise = self.path_noise if self._learns else 0.0
             seed = int(torch.randint(2**62, (), device="cpu")) if noise else 0
@@ -468,7 +470,7 @@ class ReversibleFixedPoint(nn.Module):
                 self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
             recomputed = recompute_before if follow else None
-            z, found = solve_float(evaluator, start, steps, self.tol, approximation, recomputed, self.row_dims, record)
+            z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recomputed, self.row_dims, record)
             states, residuals = [unflatten(state, evaluator, self.row_dims) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
             statistics = SolveStatistics(found.steps, found.residual, found.evaluations, evaluator.shapes, clamped, found.nonfinite)
@@ -477,9 +479,9 @@ class ReversibleFixedPoint(nn.Module):
         if mode not in EXACT_MODES:
             evaluator.damping = 0.0  # these take the block itself, and relax by beta
         if wants_gradient and mode == "implicit":
-            z = attach_implicit(evaluator, z, approximation, self._certificate)
+            z = attach_implicit(evaluator, z, self._approximation, self._certificate)
         elif wants_gradient and mode == "phantom":
-            z = attach_phantom(evaluator, z, approximation)
+            z = attach_phantom(evaluator, z, self._approximation)
         return statistics, z, states, residuals
 
 

@@ -157,7 +157,9 @@ def _sum_and_gradients(
             continue
         grad = logits.sub_(lse).exp_()  # the softmax, in place
         reach = None
-        if hidden.dtype == torch.float16:  # the most that entries of a column add up to, the labels' part included
+        if (
+            grad_weight is not None and hidden.dtype == torch.float16
+        ):  # the most that entries of a column add up to, the labels' part included
             reach = grad.sum(0).scatter_add_(0, targets.squeeze(1), (~ignored).squeeze(1).float()).amax()
         if smoothing:
             grad.sub_(smoothing / weight.shape[0])
@@ -178,4 +180,4 @@ def _sum_and_gradients(
     return total, (grad_hidden, grad_weight)
 
 
-__all__ = ["linear_cross_entropy", "share_of_batch"]
+__all__ = ["at_least_one", "linear_cross_entropy", "share_of_batch"]

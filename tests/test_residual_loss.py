@@ -101,6 +101,7 @@ def test_copies_of_the_model_are_not_measured():
     model, x = Pair(), torch.randn(3, 6)
     residual = ResidualLoss(model)
     model(x)
+    # the last one reads bytes made a moment before
     for copied in (copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module, pickle.loads(pickle.dumps(model))):
         calls = copied.first.block.calls
         copied(x)
