@@ -38,6 +38,7 @@ MOMENTUM = 0.99  # of Equinox's BatchNorm
 SETTLED = 4096  # updates of a BatchNorm after which MOMENTUM**updates is lost in float64: its statistics need no correction any more
 PROJECTIONS = {"q_proj": "query_proj", "k_proj": "key_proj", "v_proj": "value_proj"}
 # what the authors' classes have built in
+SOLVE_ONLY = dict(solver="reversible", damping=0, initial_scale=0, num_restarts=1)
 LANGUAGE_ONLY = dict(
     block_type="paper",
     num_block_layers=1,
@@ -47,9 +48,9 @@ LANGUAGE_ONLY = dict(
     norm_eps=1e-5,
     tie_word_embeddings=False,
     is_causal=True,
-    solver="reversible",
+    **SOLVE_ONLY,
 )
-VISION_ONLY = dict(block_type="paper", stem_stride=1, downsample="residual", group_width=16, norm_eps=1e-5, solver="reversible")
+VISION_ONLY = dict(block_type="paper", stem_stride=1, downsample="residual", group_width=16, norm_eps=1e-5, **SOLVE_ONLY)
 MULTISCALE_ONLY = dict(stem="batch_norm", residual_stages=True, pool_size=1)
 SINGLESCALE_ONLY = dict(stem="group_norm", residual_stages=False, pool_size=4)
 
@@ -350,10 +351,16 @@ def _exported(name: str, tensor: torch.Tensor) -> np.ndarray:
     return tensor.float().numpy()
 
 
-def _load(folder: Path) -> Model:
-    model, info = _model_class(load_config(str(folder))).from_pretrained(folder, output_loading_info=True)
+def load_whole(model_class: Any, source: str | os.PathLike, **settings: Any) -> Any:
+    """`from_pretrained` of a source that has every weight, in safetensors: none is drawn anew, nothing is unpickled.
+
+    Raises:
+        ValueError: weights are missing.
+        OSError: there are none in safetensors.
+    """
+    model, info = model_class.from_pretrained(source, output_loading_info=True, use_safetensors=True, **settings)
     if info["missing_keys"]:
-        raise ValueError(f"{str(folder)!r} lacks weights of its model: {', '.join(sorted(info['missing_keys']))}")
+        raise ValueError(f"{str(source)!r} lacks weights of its model ({type(model).__name__}): {', '.join(sorted(info['missing_keys']))}")
     return model
 
 
@@ -366,7 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         if options.source.is_dir():
-            to_equinox(_load(options.source), options.target)
+            if options.config is not None:
+                parser.error(f"--config {options.config} is for a file, which does not tell its model; {options.source} is a folder with a config of its own")
+            to_equinox(load_whole(_model_class(load_config(str(options.source))), options.source), options.target)
         elif options.config is None:
             parser.error("--config must tell which model the file holds, for it has no names: " + ", ".join(PRESETS))
         else:

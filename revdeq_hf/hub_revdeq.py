@@ -115,12 +115,13 @@ class BundledConfig:
             super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
             return
         module = own["AutoModel"].split(".")[0]
-        code = Path(model_file or Path(__file__).with_name(f"{module}.py"))
+        folder, code = Path(save_directory), Path(model_file or Path(__file__).with_name(f"{module}.py"))
         if not code.is_file():  # as remote code from a folder: transformers keeps the configuration's files apart from the model's
-            own, code = {"AutoConfig": own["AutoConfig"]}, Path(__file__).with_name("configuration_revdeq.py")
+            code, saved = Path(__file__).with_name("configuration_revdeq.py"), folder / "configuration_revdeq.py"
+            if not (saved.is_file() and saved.read_bytes() == code.read_bytes() and (folder / f"{module}.py").is_file()):
+                own = {"AutoConfig": own["AutoConfig"]}
         before = getattr(self, "auto_map", None) or {}
         self.auto_map = own | {key: name for key, name in before.items() if not _is_ours(name)}
-        folder = Path(save_directory)
         super().save_pretrained(folder)  # type: ignore[misc]
         for file in {str(code), *get_relative_import_files(code)}:
             shutil.copyfile(file, folder / Path(file).name)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_revdeq import RevDEQConfig
-from .conversion import whole_folder
+from .conversion import load_whole, whole_folder
 from .modeling_revdeq import RevDEQForCausalLM
 
 LLAMA_TYPES = ("llama", "mistral", "qwen2")  # whose layers have the names of the modern block's
@@ -60,20 +60,27 @@ def init_from(
             is the mean of these ("mean").
         num_prelude_layers, num_coda_layers: how many of the first and of the last layers stay ordinary ones.
         state_gain: how much of the block's input is the state at first, from 0 to 1; the rest is the injected input. (Not for GPT-2.)
-        **settings: fields of `RevDEQConfig`, such as `max_steps`, `beta`, `gradient`.
+        **settings: fields of `RevDEQConfig`, such as `max_steps`, `beta`, `gradient`. (`tie_word_embeddings=True` goes with a tied Llama-type source only:
+            GPT-2's head takes in the last norm, so it is no longer the embeddings.)
 
     Returns:
         The model, in evaluation mode and in the source's dtype. Three forward passes of the source on 512 tokens, which it draws itself
         from a fixed seed, set the gains.
 
     Raises:
-        ValueError: the source is of another type, has parts that the block lacks (such as biases in Llama-type layers), or too few layers.
+        ValueError: the source is of another type, has parts that the block lacks (such as biases in Llama-type layers), too few layers, or not all weights.
+        OSError: its weights are not in safetensors.
 
     Source: retrofitted recurrence, arXiv 2511.07384 (prelude, block, coda from a pretrained model's layers).
     """
+    if not isinstance(source, str | os.PathLike | PreTrainedModel):
+        raise ValueError(
+            f"source must be a model of transformers, or the folder or Hub name of one, got {type(source).__name__}; adapters of peft are merged first, "
+            "source.merge_and_unload()"
+        )
     if not isinstance(source, PreTrainedModel):
         _check_family(AutoConfig.from_pretrained(source).model_type)
-        source = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        source = load_whole(AutoModelForCausalLM, source, dtype="auto")
     _check_family(source.config.model_type)
     if not 0 <= state_gain <= 1:
         raise ValueError(f"state_gain must lie in [0, 1], got {state_gain}")
@@ -82,6 +89,9 @@ def init_from(
     settings |= dict(num_prelude_layers=num_prelude_layers, num_coda_layers=num_coda_layers, num_block_layers=1 if mean else len(taken))
     gpt2 = source.config.model_type == "gpt2"
     config = _gpt2_config(source.config, settings) if gpt2 else _llama_config(source.config, settings)
+    if config.tie_word_embeddings and (gpt2 or not source.config.tie_word_embeddings):
+        why = "of a GPT-2-type model the head takes in the last norm" if gpt2 else "the source's are two"
+        raise ValueError(f"tie_word_embeddings=True would give embeddings and head the same weights, but {why}; leave it out")
     model: Any = RevDEQForCausalLM(config).to(source.dtype).eval()
     given = source.state_dict()
     layer_of = partial(_gpt2_layer if gpt2 else _llama_layer, given)

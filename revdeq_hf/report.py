@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints import last_whole_checkpoint
-from .training import print_table
+from .training import greatest_drift, print_table
 
 RATES = ("tokens_per_second", "images_per_second")
 
@@ -107,12 +107,12 @@ def plot_runs(runs: Sequence[Run], path: "str | os.PathLike") -> None:
             convergence.axvline(
                 run.trained_steps, color=f"C{number}" if several else "grey", linestyle=":", label=None if several else "in training"
             )
-    drifts = [value for run in runs for value in run.values("drift")]
+    worst = greatest_drift([entry for run in runs for entry in run.history])
     shares = [statistics.median(run.values("mfu")) for run in runs if run.values("mfu")]
     loss.set(ylabel="loss", title="Loss")
     residual.set(ylabel="relative residual", title="Residual in training")
     steps.set(ylabel="a solve", title="Steps", ylim=(0, None))
-    exact = "" if not drifts else ": 0, every gradient exact" if not any(drifts) else f": up to {max(drifts):g}"
+    exact = "" if worst is None else f": up to {worst:g}" if worst else ": 0, every gradient exact"
     drift.set(ylabel="since the last log", title=f"Drift{exact}")
     used = f", {' and '.join(f'{share:.0%}' for share in shares)} of the matrix rate" if shares else ""
     speed.set(ylabel="per second", title=f"Throughput{used}", ylim=(0, None))
@@ -149,7 +149,7 @@ def summary(run: Run) -> dict[str, Any]:
         "validation loss": run.results.get("validation_loss", run.results.get("loss", taken("eval_loss", lambda values: values[-1]))),
         "residual": taken("residual", lambda values: values[-1]),
         "steps": taken("solver_steps", lambda values: values[-1]),
-        "greatest drift": taken("drift", max),
+        "greatest drift": greatest_drift(run.history),
         "not finite": taken("nonfinite", sum),
         "clamped": taken("clamped", sum),
         rate.replace("_", " "): taken(rate, statistics.median),

@@ -445,7 +445,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 def run_record(command: str, device: torch.device) -> dict[str, Any]:
     """What identifies a run: command (without tokens), date, device, versions, and the commit where the package is part of a git checkout."""
     record = {
-        "command": re.sub(r"(--\w*token[ =])\S+", r"\1...", command),
+        "command": re.sub(r"\bhf_\w{20,}", "hf_...", re.sub(r"(--[\w-]*token[ =])('[^']*'|\S+)", r"\1...", command)),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": _device_name(device),
         "versions": {
@@ -462,7 +462,8 @@ def run_record(command: str, device: torch.device) -> dict[str, Any]:
 
 def greatest_drift(history: list[dict[str, Any]]) -> float | None:
     """The greatest drift in a Trainer's `log_history`; None where nothing was reversed."""
-    return max((entry["drift"] for entry in history if "drift" in entry), default=None)
+    drifts = [entry["drift"] for entry in history if "drift" in entry]
+    return _greatest(drifts) if drifts else None
 
 
 def _device_name(device: torch.device) -> str:

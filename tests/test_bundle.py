@@ -175,7 +175,7 @@ def test_same_outputs_without_the_package_and_saved_again(bundles, tmp_path, one
     code = f"""
 place, again = {str(bundles)!r}, {str(tmp_path / "again")!r}
 outputs = {{}}
-for name, auto_class in {CLASSES!r}.items():
+for name, auto_class in CLASSES.items():
     model = load(f"{{place}}/{{name}}", auto_class)
     assert type(model).__module__.split(".")[1] == name, type(model).__module__
     outputs[name] = first_output(model).contiguous()
@@ -184,10 +184,19 @@ for name, auto_class in {CLASSES!r}.items():
         assert ids.shape == (1, 10)
         model.__class__ = type(f"FSDP{{name}}", (type(model),), {{"__module__": "torch.nn.modules.linear"}})
     model.save_pretrained(f"{{again}}/{{name}}")
+import shutil
+for name in ("RevDEQForCausalLM", "RevDEQForImageClassification"):  # a configuration is changed in its folder, and saved alone elsewhere
+    edited = shutil.copytree(f"{{again}}/{{name}}", f"edited/{{name}}")
+    config = transformers.AutoConfig.from_pretrained(edited, trust_remote_code=True)
+    config.max_steps = 2
+    config.save_pretrained(edited)
+    assert load(str(edited), CLASSES[name]).config.max_steps == 2
+    config.save_pretrained(f"alone/{{name}}")
+    assert list(config.auto_map) == ["AutoConfig"]
 from safetensors.torch import save_file
 save_file(outputs, "outputs.safetensors")
 """
-    run_without_package(code, tmp_path)
+    run_without_package(f"CLASSES = {CLASSES!r}\n{code}", tmp_path)
     for name, output in load_file(tmp_path / "outputs.safetensors").items():
         assert torch.equal(output, expected[name]), name
         for path in (bundles / name).iterdir():
@@ -204,7 +213,7 @@ def test_same_outputs_under_another_version_of_transformers_both_ways(bundles, t
         code = f"""
 from safetensors.torch import save_file
 outputs = {{}}
-for name, auto_class in {CLASSES!r}.items():
+for name, auto_class in CLASSES.items():
     model = load(f"{source}/{{name}}", auto_class)
     outputs[name] = first_output(model).contiguous()
     model.save_pretrained(f"{target}/{{name}}")

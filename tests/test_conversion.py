@@ -296,6 +296,11 @@ def test_bad_files_are_named_and_nothing_is_written(tmp_path, capsys):
     assert "expected 10, got 11" in changed("seq_length", np.asarray(11))
     assert "causal mask" in changed("mask", np.ones((LENGTH, LENGTH), np.float32))
     assert "beta must" in changed("beta", np.asarray(1.0))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "out"), str(tmp_path / "other.eqx"), "--config", "nonsense"])
+    assert "--config nonsense is for a file" in capsys.readouterr().err
+    (tmp_path / "out").rmdir()
     pickled = io.BytesIO()
     np.save(pickled, np.asarray(print), allow_pickle=True)
     path.write_bytes(pickled.getvalue())
@@ -327,6 +332,11 @@ def test_models_the_authors_do_not_have_are_refused(tmp_path):
         leaves(RevDEQConfig.paper_wikitext103(num_coda_layers=1, norm_eps=1e-6))
     with pytest.raises(ValueError, match="block_type='modern' instead of 'paper', stem_stride=2 instead of 1"):
         leaves(RevDEQVisionConfig.paper_cifar10_multiscale(block_type="modern", stem_stride=2))
+    for setting, value in (("damping", 0.5), ("initial_scale", 1.0), ("num_restarts", 3)):
+        with pytest.raises(ValueError, match=f"{setting}={value} instead of {1 if setting == 'num_restarts' else 0}"):
+            leaves(RevDEQVisionConfig.paper_cifar10_multiscale(**{"initial_scale": 1.0, setting: value}))
+    with pytest.raises(ValueError, match="damping=0.5 instead of 0"):
+        leaves(RevDEQConfig.paper_wikitext103(damping=0.5))
     with pytest.raises(ValueError, match="pool_size=2 instead of 4"):
         leaves(RevDEQVisionConfig.paper_cifar10_singlescale(pool_size=2))
     assert list(tmp_path.iterdir()) == []
@@ -368,7 +378,7 @@ def test_a_folder_that_lacks_weights_is_not_written_with_random_ones(tmp_path, c
     save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SystemExit):
         main([str(tmp_path / "model"), str(tmp_path / "back.eqx")])
-    assert "lacks weights of its model: model.embed_positions.weight" in capsys.readouterr().err
+    assert "lacks weights of its model (RevDEQForCausalLM): model.embed_positions.weight" in capsys.readouterr().err
     assert not (tmp_path / "back.eqx").exists()
 
 

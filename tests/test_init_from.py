@@ -228,6 +228,21 @@ def test_what_cannot_be_mapped_is_refused():
         init_from(gpt2(activation_function="silu"))
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=False"):
         init_from(gpt2(scale_attn_by_inverse_layer_idx=True))
+    for untied in (gpt2(), llama()):
+        with pytest.raises(ValueError, match="tie_word_embeddings=True would give embeddings and head the same weights, but"):
+            init_from(untied, tie_word_embeddings=True)
+    with pytest.raises(ValueError, match=r"got Sequential; adapters of peft are merged first"):
+        init_from(torch.nn.Sequential(llama()))
+
+
+def test_a_source_without_all_its_weights_is_not_filled_with_random_ones(tmp_path):
+    llama().model.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"headless' lacks weights of its model \(LlamaForCausalLM\): lm_head.weight"):
+        init_from(tmp_path / "headless")
+    torch.save(llama().state_dict(), tmp_path / "headless" / "pytorch_model.bin")
+    (tmp_path / "headless" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):  # nothing is unpickled
+        init_from(tmp_path / "headless")
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from revdeq_hf import (
 from revdeq_hf.flops import training_flops
 from revdeq_hf.layer_revdeq import SolveStatistics
 from revdeq_hf.report import Run, main, plot_runs, read_run, summary
-from revdeq_hf.training import RevDEQCallback, _halve_learning_rates, greatest_drift, peak_memory, residual_curve
+from revdeq_hf.training import RevDEQCallback, _halve_learning_rates, greatest_drift, peak_memory, residual_curve, run_record
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_steps=3)
 ROWS = [{"input_ids": [(7 * i + j) % 64 for j in range(9)], "labels": [(7 * i + j) % 64 for j in range(9)]} for i in range(16)]
@@ -231,6 +231,20 @@ def test_schedules_of_schedules_are_halved(kind):
             optimizer.step()
             scheduler.step()
     assert rates[True] == pytest.approx([rate / (1 + (update >= 5)) for update, rate in enumerate(rates[False])])
+
+
+@pytest.mark.parametrize("drifts", [[0.0, math.nan], [math.nan, 0.0]])
+def test_a_drift_that_is_no_number_is_the_greatest(drifts):
+    history = [{"step": step, "drift": drift} for step, drift in enumerate(drifts)]
+    assert math.isnan(greatest_drift(history))
+    assert math.isnan(summary(Run("a", history=history))["greatest drift"])
+
+
+def test_no_token_is_kept_in_the_record_of_a_run():
+    secret = "hf_" + "a1B2" * 9
+    for flags in (f"--hub_token {secret}", f"--hub-token={secret}", f"--hub_t {secret}", "--hub-token 'of two words' --seed 1"):
+        command = run_record(f"python train.py {flags} --tokenizer_name gpt2", torch.device("cpu"))["command"]
+        assert secret not in command and "words" not in command and "--tokenizer_name gpt2" in command, command
 
 
 def test_peak_memory_of_a_device_that_does_not_tell(monkeypatch):
