@@ -374,7 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.source.is_dir():
             if options.config is not None:
-                parser.error(f"--config {options.config} is for a file, which does not tell its model; {options.source} is a folder with a config of its own")
+                parser.error(
+                    f"--config {options.config} is for a file, which does not tell its model; {options.source} is a folder with a config of its own"
+                )
             to_equinox(load_whole(_model_class(load_config(str(options.source))), options.source), options.target)
         elif options.config is None:
             parser.error("--config must tell which model the file holds, for it has no names: " + ", ".join(PRESETS))

@@ -335,7 +335,7 @@ def test_models_the_authors_do_not_have_are_refused(tmp_path):
     for setting, value in (("damping", 0.5), ("initial_scale", 1.0), ("num_restarts", 3)):
         with pytest.raises(ValueError, match=f"{setting}={value} instead of {1 if setting == 'num_restarts' else 0}"):
             leaves(RevDEQVisionConfig.paper_cifar10_multiscale(**{"initial_scale": 1.0, setting: value}))
-    with pytest.raises(ValueError, match="damping=0.5 instead of 0"):
+    with pytest.raises(ValueError, match=r"damping=0\.5 instead of 0"):
         leaves(RevDEQConfig.paper_wikitext103(damping=0.5))
     with pytest.raises(ValueError, match="pool_size=2 instead of 4"):
         leaves(RevDEQVisionConfig.paper_cifar10_singlescale(pool_size=2))

@@ -3,6 +3,7 @@
 `examples/space/check_in_browser.py` drives the page in a real browser; here nothing is served.
 """
 
+import copy
 import importlib
 import importlib.util
 import re
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig
+from revdeq_hf.layer_revdeq import fixed_point_layers
 
 SPACE = Path(__file__).parents[1] / "examples" / "space"
 TEXT = "def f(x):\n    return <x>"
@@ -125,9 +127,12 @@ def test_tokens_that_do_not_settle_have_all_steps(solves, language, tokenizer):
     ("text", "complaint"), [("", "empty"), (" \n\t", "empty"), ("a" * 129, "129 tokens"), ("a" * 10_000, "10,000 characters")]
 )
 def test_texts_that_do_not_fit_are_told(solves, language, tokenizer, text, complaint):
-    for use in (lambda: solves.solve_text(language, tokenizer, text, 2), lambda: solves.text_batch(tokenizer, text)):
+    for use in (lambda: solves.solve_text(language, tokenizer, text, 2), lambda: solves.text_batch(language, tokenizer, text)):
         with pytest.raises(solves.InputError, match=complaint):
             use()
+    short = language_model(block_type="paper", max_position_embeddings=20)
+    with pytest.raises(solves.InputError, match="21 tokens, and this page shows up to 20"):
+        solves.solve_text(short, tokenizer, "a" * 21, 2)
 
 
 def test_an_images_figures_are_those_of_the_model(solves, classifier, processor, picture):
@@ -197,7 +202,9 @@ def test_files_that_are_no_images_are_told(solves, classifier, processor, pictur
 def test_gradient_modes_are_measured(solves, kind, language, tokenizer, classifier, processor, picture):
     model = language if kind == "text" else classifier
     batch = (
-        solves.text_batch(tokenizer, TEXT) if kind == "text" else solves.image_batch(classifier, processor, picture, invert=False, copies=3)
+        solves.text_batch(language, tokenizer, TEXT)
+        if kind == "text"
+        else solves.image_batch(classifier, processor, picture, invert=False, copies=3)
     )
     assert {name: len(values) for name, values in batch.items()} == dict.fromkeys(batch, 1 if kind == "text" else 3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -265,6 +272,14 @@ def test_an_image_is_drawn(solves, views, classifier, processor, picture):
     assert len([axes for axes in views.image_states(found).axes if axes.images]) == 1 + 7
     assert len(views.image_residuals(found).axes[0].get_lines()) == 2 + 2  # the stages, and the steps that each was trained with
     assert repr(found.names[found.probability[-1].argmax()]) in views.image_summary(found)
+    stages = copy.deepcopy(classifier)
+    for _, layer in fixed_point_layers(stages):
+        layer.tol = 0.3
+    found = solves.solve_image(stages, processor, picture, steps=7)  # each stage stops by itself
+    assert [len(line.get_xdata()) for line in views.image_residuals(found).axes[0].get_lines()[:2]] == [
+        len(part) for part in found.residual
+    ]
+    assert min(map(len, found.residual)) < 7
 
 
 def test_costs_are_drawn(solves, views):
@@ -324,6 +339,8 @@ def test_models_that_cannot_be_shown_are_told(app, folders, tokenizer, tmp_path)
     ).save_pretrained(tmp_path / "llama")
     tokenizer.save_pretrained(tmp_path / "llama")
     (tmp_path / "empty").mkdir()
+    language_model(solver="anderson", gradient="implicit").save_pretrained(tmp_path / "anderson")
+    tokenizer.save_pretrained(tmp_path / "anderson")
     for kind, source, complaint in (
         ("language", None, r"train_language\.py .* REVDEQ_LANGUAGE_MODEL"),
         ("image", "", r"train_image\.py .* REVDEQ_IMAGE_MODEL"),
@@ -331,6 +348,7 @@ def test_models_that_cannot_be_shown_are_told(app, folders, tokenizer, tmp_path)
         ("image", str(tmp_path / "empty"), "cannot be loaded"),
         ("image", str(folders / "language"), "cannot be loaded"),
         ("language", str(tmp_path / "llama"), "is a LlamaForCausalLM"),
+        ("language", str(tmp_path / "anderson"), "solver='anderson'"),
     ):
         with pytest.raises(app.ModelError, match=complaint):
             app.load(kind, source)

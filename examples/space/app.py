@@ -23,6 +23,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 import numpy as np
 import solves
+import torch
 import views
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
@@ -68,12 +69,18 @@ def load(kind: str, source: str | None) -> tuple[Any, Any]:
     }
     auto_class, model_class, processor_class = classes[kind]
     try:
-        model = auto_class.from_pretrained(source).eval()
+        model = auto_class.from_pretrained(source, dtype=torch.float32).eval()
         processor = processor_class.from_pretrained(source)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"The {kind} model {source!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     if not isinstance(model, model_class):
         raise ModelError(f"{source!r} is a {type(model).__name__}, and this page shows models of the class {model_class.__name__}.")
+    config = model.config
+    if config.solver != "reversible" or config.num_restarts > 1 or getattr(config, "num_channels", 3) not in (1, 3):
+        raise ModelError(
+            f"{source!r} has solver={config.solver!r} and num_restarts={config.num_restarts}; this page follows the steps of one reversible solve, of texts or "
+            "of images with 1 or 3 channels."
+        )
     return model, processor
 
 
@@ -129,7 +136,7 @@ def text_tab(page: gr.Blocks, model: Any, tokenizer: Any) -> None:
 
     inputs, outputs = [text, steps, tolerance], [summary, results, heat_map, table, residual]
     gr.on([button.click, steps.change, tolerance.change, page.load], solve, inputs, outputs, trigger_mode="always_last", **ONE_AT_A_TIME)
-    costs_section(model, partial(solves.text_batch, tokenizer), [text], "of the text")
+    costs_section(model, partial(solves.text_batch, model, tokenizer), [text], "of the text")
 
 
 def image_tab(page: gr.Blocks, model: Any, processor: Any) -> None:

@@ -76,7 +76,7 @@ class ImageSolve:
         pixels: (height, width) or (height, width, 3) uint8, the image in the model's size.
         names: of the classes.
         probability: (steps, classes), had each stage ended its solve after so many steps.
-        residual: for each stage (steps,), relative residual at the start of each step.
+        residual: for each stage (its steps,), relative residual at the start of each step.
         states: (steps, height, width), the first stage's state after each step, mean over its channels.
         radius: spectral radius of each stage's block where its solve ended.
         trained_steps: of each stage.
@@ -118,12 +118,12 @@ class Cost:
 
 
 def solve_text(model: Any, tokenizer: Any, text: str, steps: int) -> TextSolve:
-    """Solves a text of up to `MAX_TOKENS` tokens, and looks at every step.
+    """Solves a text of up to `MAX_TOKENS` tokens, or as many as the model has positions for, and looks at every step.
 
     Raises:
         InputError: the text is empty or too long.
     """
-    ids = text_ids(tokenizer, text)
+    ids = text_ids(model, tokenizer, text)
     lens = logit_lens(model, ids, top_k=1, max_steps=steps)
     return TextSolve(
         words=[tokenizer.decode([token]) for token in ids[0].tolist()],
@@ -163,9 +163,9 @@ def solve_image(model: Any, processor: Any, path: str | Path | None, steps: int,
     )
 
 
-def text_batch(tokenizer: Any, text: str) -> dict[str, torch.Tensor]:
+def text_batch(model: Any, tokenizer: Any, text: str) -> dict[str, torch.Tensor]:
     """Arguments of a training step on the text."""
-    ids = text_ids(tokenizer, text)
+    ids = text_ids(model, tokenizer, text)
     return {"input_ids": ids, "labels": ids}
 
 
@@ -215,7 +215,7 @@ def gradient_costs(model: Any, batch: dict[str, torch.Tensor], steps: Sequence[i
     return costs
 
 
-def text_ids(tokenizer: Any, text: str) -> torch.Tensor:
+def text_ids(model: Any, tokenizer: Any, text: str) -> torch.Tensor:
     """(1, tokens) ids of a text.
 
     Raises:
@@ -226,8 +226,9 @@ def text_ids(tokenizer: Any, text: str) -> torch.Tensor:
     if len(text) > MAX_CHARACTERS:
         raise InputError(f"The text has {len(text):,} characters, and this page takes up to {MAX_CHARACTERS:,}. Shorten it.")
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    if ids.shape[1] > MAX_TOKENS:
-        raise InputError(f"The text has {ids.shape[1]} tokens, and this page shows up to {MAX_TOKENS}. Shorten it.")
+    most = min(MAX_TOKENS, model.config.max_position_embeddings)
+    if ids.shape[1] > most:
+        raise InputError(f"The text has {ids.shape[1]} tokens, and this page shows up to {most}. Shorten it.")
     return ids
 
 

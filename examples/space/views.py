@@ -132,12 +132,10 @@ def image_residuals(solve: ImageSolve) -> Figure:
     """Residual over the steps, of each stage."""
     figure = _figure(3.1)
     axes = figure.subplots()
-    steps = np.arange(1, solve.steps + 1)
     for stage, values in enumerate(solve.residual):
         colour, marker, line = STYLES[stage % len(STYLES)]
-        axes.plot(
-            steps, values.clip(min=SMALLEST), line, color=colour, marker=marker, markersize=5, linewidth=2, label=f"stage {stage + 1}"
-        )
+        steps, name = np.arange(1, len(values) + 1), f"stage {stage + 1}"  # with `config.tol` a stage may end before the others
+        axes.plot(steps, values.clip(min=SMALLEST), line, color=colour, marker=marker, markersize=5, linewidth=2, label=name)
     _residual_axes(axes, solve.steps, solve.trained_steps)
     return figure
 
