@@ -3,6 +3,7 @@
 
 import copy
 import functools
+from typing import Any
 
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
@@ -14,11 +15,11 @@ from .steps_revdeq import check_steps
 # unsure, so no threshold ends it; its length follows what was accepted.
 DRAFTING = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic_transient", "assistant_confidence_threshold": 0.0}
 
-OWN_ARGUMENTS = {"max_steps", "output_solver_stats"}  # of a call, which mean nothing to another model that drafts for this one
+OWN_ARGUMENTS = {"max_steps", "tol", "output_solver_stats"}  # of a call, which mean nothing to another model that drafts for this one
 
 
 class RevDEQGenerationMixin(GenerationMixin):
-    """`generate` with `max_steps` and `draft_max_steps`; everything else is transformers'."""
+    """`generate` with `max_steps`, `tol` and `draft_max_steps`; everything else is transformers'."""
 
     config: RevDEQConfig
     generation_config: GenerationConfig
@@ -27,8 +28,8 @@ class RevDEQGenerationMixin(GenerationMixin):
         """transformers' `generate`, and
 
         Args:
-            max_steps (`int`, *optional*): steps of every solve, instead of `config.max_steps`. An `assistant_model` keeps its own. Like `draft_max_steps`
-                it may be a field of the generation config.
+            max_steps, tol (`int` and `float`, *optional*): steps of every solve, and the residual at which a token stops, instead of those of the config. An
+                `assistant_model` keeps its own. Like `draft_max_steps` they may be fields of the generation config.
             draft_max_steps (`int`, *optional*): the model drafts for itself: solves of so few steps propose tokens one by one, one solve of all steps
                 verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution). Drafts begin with
                 5 tokens, 2 more after each that was accepted whole, 1 less after others; `num_assistant_tokens`, `num_assistant_tokens_schedule` and
@@ -40,10 +41,9 @@ class RevDEQGenerationMixin(GenerationMixin):
             ValueError: `draft_max_steps` is not below the steps of a full solve; or what transformers' `generate` raises.
         """
         configured, found = without_steps(self.generation_config if generation_config is None else generation_config)
-        if kwargs.get("max_steps") is None and "max_steps" in found:
-            kwargs["max_steps"] = found["max_steps"]
         if draft_max_steps is None:
-            draft_max_steps = found.get("draft_max_steps")
+            draft_max_steps = found.pop("draft_max_steps", None)
+        kwargs |= {name: value for name, value in found.items() if name != "draft_max_steps" and kwargs.get(name) is None}
         if draft_max_steps is not None:
             steps = check_steps(kwargs.get("max_steps") or self.config.max_steps)
             draft_max_steps = check_steps(draft_max_steps, "draft_max_steps")
@@ -88,12 +88,13 @@ class RevDEQGenerationMixin(GenerationMixin):
             self.generation_config = own
 
     def _get_logits_processor(self, *args, **kwargs):
-        """Guidance without the prompt (`guidance_scale`) runs the model by itself: with the steps of this call."""
+        """Guidance without the prompt (`guidance_scale`) runs the model by itself: with the steps and tolerance of this call."""
         processors = super()._get_logits_processor(*args, **kwargs)
-        steps = (kwargs.get("model_kwargs") or {}).get("max_steps")
+        given = kwargs.get("model_kwargs") or {}
+        asked = {name: given[name] for name in ("max_steps", "tol") if given.get(name) is not None}
         for processor in processors:
-            if steps is not None and getattr(processor, "model", None) is self:
-                processor.model = functools.partial(self, max_steps=steps)
+            if asked and getattr(processor, "model", None) is self:
+                processor.model = functools.partial(self, **asked)
         return processors
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -126,9 +127,9 @@ class RevDEQGenerationMixin(GenerationMixin):
             self.config = own
 
 
-def without_steps(configured: GenerationConfig) -> tuple[GenerationConfig, dict[str, int]]:
+def without_steps(configured: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
     """The generation config, or a copy of it, without this file's own arguments, and these: transformers would take those of a call for the config's."""
-    found = {name: value for name in ("max_steps", "draft_max_steps") if (value := getattr(configured, name, None)) is not None}
+    found = {name: value for name in ("max_steps", "tol", "draft_max_steps") if (value := getattr(configured, name, None)) is not None}
     if found:
         configured = copy.deepcopy(configured)
         for name in found:

@@ -58,7 +58,7 @@ UNDECLARED = {"tie_last_hidden_states"}  # a setting of transformers' that is no
 SOLVER_SETTINGS = ("beta", "tol", "gradient", "solver", "keep_evaluations", "damping", "initial_scale", "path_noise", "num_restarts")
 
 # of these, and of what is theirs besides, a call cannot change anything
-NOT_PER_CALL = {*SOLVER_SETTINGS, "steps_sampling", "drift_policy", "z0", "measure_mask"} - {"num_restarts"}
+NOT_PER_CALL = {*SOLVER_SETTINGS, "steps_sampling", "drift_policy", "z0", "measure_mask"} - {"tol", "num_restarts"}
 
 
 def refuse_settings(call: Iterable[str]) -> None:
@@ -66,8 +66,8 @@ def refuse_settings(call: Iterable[str]) -> None:
     found = sorted(NOT_PER_CALL.intersection(call))
     if found:
         raise ValueError(
-            f"{', '.join(found)}: settings of the model's fixed-point layers, not of a call (max_steps is one). Settings are given when the model is made or "
-            "loaded, from_pretrained(folder, tol=1e-3), or set on the layers: for _, layer in fixed_point_layers(model): layer.tol = 1e-3"
+            f"{', '.join(found)}: settings of the model's fixed-point layers, not of a call (max_steps and tol are). They are given when the model is made or "
+            "loaded, from_pretrained(folder, beta=0.5), or set on the layers: for _, layer in fixed_point_layers(model): layer.beta = 0.5"
         )
 
 

@@ -99,7 +99,7 @@ torch.utils._pytree.register_pytree_node(
 
 
 # keyword arguments of a layer's call that are not the block's
-SOLVER_ARGUMENTS = ("z0", "max_steps", "gradient", "output_trajectory", "num_restarts", "measure_mask")
+SOLVER_ARGUMENTS = ("z0", "max_steps", "tol", "gradient", "output_trajectory", "num_restarts", "measure_mask")
 
 
 class ReversibleFixedPoint(nn.Module):
@@ -297,6 +297,7 @@ class ReversibleFixedPoint(nn.Module):
         *context,
         z0=None,
         max_steps: int | None = None,
+        tol: float | None = None,
         gradient: str | None = None,
         output_trajectory: bool = False,
         num_restarts: int | None = None,
@@ -310,7 +311,7 @@ class ReversibleFixedPoint(nn.Module):
             context: further positional arguments of the block. Tensors in them (also inside tuples, lists and dicts) get gradients.
             z0: start state instead of zero, of the state's form. Gets a gradient. Values beyond the state limit (2048 for beta < 1) are clamped
                 and counted.
-            max_steps, gradient, num_restarts: instead of the layer's. With `z0` there is nothing to restart from, and one solve is run.
+            max_steps, tol, gradient, num_restarts: instead of the layer's, None: these. With `z0` there is nothing to restart from, and one solve is run.
             output_trajectory: also return the state after every step and the residual at the start of every step; costs a state tensor a step.
             measure_mask: (batch, positions) bool, with `row_dims=1` and solver "reversible": which entries of the state's second dimension count in the
                 residual, hence in `tol` and in the choice of restarts. For padding, which must not hold an example back. None: all do.
@@ -329,9 +330,9 @@ class ReversibleFixedPoint(nn.Module):
         if num_restarts is not None:
             check_path_settings(self.damping, self.initial_scale, self.path_noise, num_restarts, self.solver)
         restarts = self.num_restarts if num_restarts is None else num_restarts
-        settings = (x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs)
+        settings = (x, context, max_steps, tol, gradient, output_trajectory, measure_mask, block_kwargs)
         if torch.compiler.is_compiling():
-            solve = self._solve if self._traceable(max_steps) else self._solve_apart
+            solve = self._solve if self._traceable(max_steps, tol) else self._solve_apart
         else:
             solve = self._solve_apart if self._compiled else self._solve
         if z0 is not None or not self.initial_scale:
@@ -372,7 +373,7 @@ class ReversibleFixedPoint(nn.Module):
         """
         self._compiled_block, self._compiled = [CompiledBlock(self.block, **settings)], True
 
-    def _traceable(self, max_steps: int | None) -> bool:
+    def _traceable(self, max_steps: int | None, tol: float | None) -> bool:
         """Whether a compiled caller gets the solve as part of its own program, which is written out evaluation by evaluation."""
         # a trace by torch.compile takes is_exporting() for True in torch 2.11, whoever asks for it; torch.export does without that trace
         if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
@@ -380,12 +381,12 @@ class ReversibleFixedPoint(nn.Module):
         if torch.is_grad_enabled() or any(module.training for module in self.block.modules()):  # dropout: one mask for all evaluations
             return False
         steps = self.max_steps if max_steps is None else max_steps
-        return self.solver == "reversible" and self.tol is None and not self.initial_scale and 2 * steps <= WRITTEN_OUT
+        return self.solver == "reversible" and self.tol is None and tol is None and not self.initial_scale and 2 * steps <= WRITTEN_OUT
 
     @torch.compiler.disable
-    def _solve_apart(self, z0, x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs) -> FixedPointSolution:
+    def _solve_apart(self, z0, x, context, max_steps, tol, gradient, output_trajectory, measure_mask, block_kwargs) -> FixedPointSolution:
         """Eager in a compiled caller; the block is compiled by itself, and the same program serves both passes."""
-        settings = (z0, x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs)
+        settings = (z0, x, context, max_steps, tol, gradient, output_trajectory, measure_mask, block_kwargs)
         if any(hasattr(value, "next_evaluation") for value in block_kwargs.values()):
             return self._solve(*settings)  # a cache with slots for each evaluation, which would be a program of its own each
         compiled = self._compiled_block
@@ -394,7 +395,7 @@ class ReversibleFixedPoint(nn.Module):
         return self._solve(*settings, block=self._compiled_block[0])
 
     def _solve(
-        self, z0, x, context, max_steps, gradient, output_trajectory, measure_mask, block_kwargs, block: nn.Module | None = None
+        self, z0, x, context, max_steps, tol, gradient, output_trajectory, measure_mask, block_kwargs, block: nn.Module | None = None
     ) -> FixedPointSolution:
         block = self.block if block is None else block
         mode = self.gradient if gradient is None else _check_choice("gradient", gradient, GRADIENT_MODES)
@@ -413,6 +414,7 @@ class ReversibleFixedPoint(nn.Module):
             steps = draw_steps(self.steps_sampling)
         else:
             steps = self.max_steps
+        tol = self.tol if tol is None else _check_tol(tol)
         is_tuple = isinstance(x if z0 is None else z0, tuple)
         evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, self.damping)
         refuse_function_transforms(itertools.chain(state, evaluator.tensors, self.block.parameters()))
@@ -426,7 +428,9 @@ class ReversibleFixedPoint(nn.Module):
         # of a compiled block an evaluation with a graph would be another program
         evaluator.unfollowed = torch.is_grad_enabled() and not wants_gradient and not evaluator.compiled
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _undone_on_failure(evaluator, state):
-            statistics, z, states, residuals = self._run(evaluator, start, steps, mode, wants_gradient, output_trajectory, measure_mask)
+            statistics, z, states, residuals = self._run(
+                evaluator, start, steps, tol, mode, wants_gradient, output_trajectory, measure_mask
+            )
         self.statistics = statistics
         solution = FixedPointSolution(**{name: getattr(statistics, name) for name in FIGURES}, z=z if is_tuple else z[0])
         if output_trajectory:
@@ -439,6 +443,7 @@ class ReversibleFixedPoint(nn.Module):
         evaluator: Evaluator,
         start: State | None,
         steps: int,
+        tol: float | None,
         mode: str,
         wants_gradient: bool,
         record: bool,
@@ -453,7 +458,7 @@ class ReversibleFixedPoint(nn.Module):
         if self.solver == "reversible":
             noise = self.path_noise if self._learns else 0.0
             seed = int(torch.randint(2**62, (), device="cpu")) if noise else 0
-            solve = Solve(evaluator, self.beta, steps, self.tol, self.row_dims, record, noise, seed, measure_mask)
+            solve = Solve(evaluator, self.beta, steps, tol, self.row_dims, record, noise, seed, measure_mask)
             if not follow:
                 z = solve_plain(solve, start)
             elif mode == "reversible":
@@ -470,7 +475,7 @@ class ReversibleFixedPoint(nn.Module):
                 self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
             recomputed = recompute_before if follow else None
-            z, found = solve_float(evaluator, start, steps, self.tol, self._approximation, recomputed, self.row_dims, record)
+            z, found = solve_float(evaluator, start, steps, tol, self._approximation, recomputed, self.row_dims, record)
             states, residuals = [unflatten(state, evaluator, self.row_dims) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
             statistics = SolveStatistics(found.steps, found.residual, found.evaluations, evaluator.shapes, clamped, found.nonfinite)
@@ -540,8 +545,8 @@ def check_solver_settings(
     rational_beta(beta)
     check_steps(max_steps)
     check_steps_sampling(steps_sampling)
-    if tol is not None and (isinstance(tol, bool) or not isinstance(tol, (int, float)) or not (0 <= tol < math.inf)):
-        raise ValueError(f"tol must be None (always max_steps) or a finite number >= 0, got {tol!r}")
+    if tol is not None:
+        _check_tol(tol)
     for name, value, allowed in (
         ("gradient", gradient, GRADIENT_MODES),
         ("solver", solver, SOLVERS),
@@ -551,6 +556,12 @@ def check_solver_settings(
     _check_combination(gradient, solver)
     if isinstance(keep_evaluations, bool) or not isinstance(keep_evaluations, int) or keep_evaluations < 0:
         raise ValueError(f"keep_evaluations must be a whole number >= 0, got {keep_evaluations!r}")
+
+
+def _check_tol(tol: float) -> float:
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
+        raise ValueError(f"tol must be None (always max_steps) or a finite number >= 0, got {tol!r}")
+    return tol
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:

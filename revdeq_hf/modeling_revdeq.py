@@ -266,12 +266,15 @@ class RevDEQModel(RevDEQPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         max_steps: int | None = None,
+        tol: float | None = None,
         output_trajectory: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQModelOutput:
         r"""
         max_steps (`int`, *optional*):
             Steps of the solve, instead of `config.max_steps`. A cache of `kv_cache="per_evaluation"` serves one number of steps only.
+        tol (`float`, *optional*):
+            Relative residual at which a token (with `config.is_causal=False` an example) stops, instead of `config.tol`.
         output_trajectory (`bool`, *optional*, defaults to `False`):
             Whether to return `trajectory` and `step_residuals`; without a cache, at the price of a state per step.
         output_hidden_states (`bool`, *optional*):
@@ -336,6 +339,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             hidden_states,
             past_key_values=slots,
             max_steps=None if drawn else steps,
+            tol=tol,
             gradient=self._gradient_mode(past_key_values, kwargs),
             output_trajectory=output_trajectory,
             measure_mask=measure_mask,
@@ -468,6 +472,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         max_steps: int | None = None,
+        tol: float | None = None,
         output_solver_stats: bool = False,
         skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -475,6 +480,8 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         r"""
         max_steps (`int`, *optional*):
             Steps of the solve, instead of `config.max_steps`. A cache of `kv_cache="per_evaluation"` serves one number of steps only.
+        tol (`float`, *optional*):
+            Relative residual at which a token (with `config.is_causal=False` an example) stops, instead of `config.tol`.
         output_solver_stats (`bool`, *optional*, defaults to `False`):
             Whether to return `solver_steps` and `solver_residual`, each of shape (batch, seq).
         skip_logits (`bool`, *optional*):
@@ -500,6 +507,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             max_steps=max_steps,
+            tol=tol,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep  # 0 keeps all
@@ -570,6 +578,7 @@ class _LabelledHead:
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         max_steps: int | None = None,
+        tol: float | None = None,
         output_solver_stats: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -577,12 +586,12 @@ class _LabelledHead:
         """As transformers' generic head, and
 
         Args:
-            max_steps: steps of the solve, instead of `config.max_steps`.
+            max_steps, tol: instead of the config's.
             output_solver_stats: whether to return `solver_steps` and `solver_residual`, (batch, seq), or (batch,) with `config.is_causal=False`.
             num_items_in_batch: labels other than -100 in all micro-batches of an update, as Trainer counts them, see `share_of_batch`.
         """
         inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
-        inputs |= dict(inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, max_steps=max_steps, return_dict=True)
+        inputs |= dict(inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, max_steps=max_steps, tol=tol, return_dict=True)
         outputs = super().forward(input_ids, **inputs, **kwargs)  # type: ignore[misc]
         if labels is not None:
             outputs.loss = share_of_batch(outputs.loss, labels, num_items_in_batch)
@@ -598,7 +607,7 @@ def _solver_figures(head, wanted: bool) -> dict[str, torch.Tensor]:
 class RevDEQForSequenceClassification(_LabelledHead, GenericForSequenceClassification, RevDEQPreTrainedModel):
     """A linear layer on the last token that is not padding: `config.num_labels` classes, or a regression where that is 1.
 
-    `config.pad_token_id` must be set for batches of more than one. `forward` takes what `RevDEQForCausalLM.forward` takes (also `max_steps` and
+    `config.pad_token_id` must be set for batches of more than one. `forward` takes what `RevDEQForCausalLM.forward` takes (also `max_steps`, `tol` and
     `output_solver_stats`), and `labels` (batch,): whole numbers from 0 to num_labels - 1, or floats for a regression, or (batch, num_labels) for several
     labels at once. Returns `RevDEQSequenceClassifierOutput` with `loss` and `logits` (batch, num_labels).
     """
@@ -616,8 +625,8 @@ class RevDEQForSequenceClassification(_LabelledHead, GenericForSequenceClassific
 class RevDEQForTokenClassification(_LabelledHead, GenericForTokenClassification, RevDEQPreTrainedModel):
     """A linear layer on every token; set `config.is_causal=False` for a model that sees what follows a token, too.
 
-    `forward` takes what `RevDEQForCausalLM.forward` takes (also `max_steps` and `output_solver_stats`), and `labels` (batch, seq), -100 where a token has
-    none. Returns `RevDEQTokenClassifierOutput` with `loss` and `logits` (batch, seq, num_labels).
+    `forward` takes what `RevDEQForCausalLM.forward` takes (also `max_steps`, `tol` and `output_solver_stats`), and `labels` (batch, seq), -100 where a token
+    has none. Returns `RevDEQTokenClassifierOutput` with `loss` and `logits` (batch, seq, num_labels).
     """
 
     output_class = RevDEQTokenClassifierOutput
@@ -634,7 +643,7 @@ class RevDEQForTokenClassification(_LabelledHead, GenericForTokenClassification,
 class RevDEQForQuestionAnswering(GenericForQuestionAnswering, RevDEQPreTrainedModel):
     """Start and end of the answer in the text, by a linear layer on every token; `config.is_causal=False` lets the start know the end.
 
-    `forward` takes what `RevDEQForCausalLM.forward` takes (also `max_steps` and `output_solver_stats`), `start_positions` and `end_positions` (batch,).
+    `forward` takes what `RevDEQForCausalLM.forward` takes (also `max_steps`, `tol` and `output_solver_stats`), `start_positions` and `end_positions` (batch,).
     Returns `RevDEQQuestionAnsweringOutput` with `loss`, `start_logits` and `end_logits` (batch, seq).
     """
 
@@ -655,13 +664,19 @@ class RevDEQForQuestionAnswering(GenericForQuestionAnswering, RevDEQPreTrainedMo
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         max_steps: int | None = None,
+        tol: float | None = None,
         output_solver_stats: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQQuestionAnsweringOutput:
-        """As transformers' generic head, and `max_steps` and `output_solver_stats` as in the other heads."""
+        """As transformers' generic head, and `max_steps`, `tol` and `output_solver_stats` as in the other heads."""
         inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
         inputs |= dict(
-            inputs_embeds=inputs_embeds, start_positions=start_positions, end_positions=end_positions, max_steps=max_steps, return_dict=True
+            inputs_embeds=inputs_embeds,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            max_steps=max_steps,
+            tol=tol,
+            return_dict=True,
         )
         outputs = super().forward(input_ids, **inputs, **kwargs)
         return RevDEQQuestionAnsweringOutput(**outputs, **_solver_figures(self, output_solver_stats))

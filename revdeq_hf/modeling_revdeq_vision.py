@@ -220,6 +220,7 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None,
         max_steps: "int | list[int] | None" = None,
+        tol: float | None = None,
         output_trajectory: bool = False,
         num_restarts: int | None = None,
     ) -> tuple[list[torch.Tensor], list[FixedPointSolution]]:
@@ -227,7 +228,7 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, height, width), floating.
-            max_steps, output_trajectory, num_restarts: as in `RevDEQVisionModel.forward`.
+            max_steps, tol, output_trajectory, num_restarts: as in `RevDEQVisionModel.forward`.
 
         Returns:
             `1 + stages` maps: the stem's (batch, hidden_sizes[0], height, width), then the stages', stage i (from 0) of
@@ -250,9 +251,15 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
             if index:
                 hidden_states = self.downsamples[index - 1](hidden_states).to(dtype)
             drawn = max_steps is None and stage.draws_steps
-            asked = dict(max_steps=None if drawn else steps[index], output_trajectory=output_trajectory, num_restarts=num_restarts)
             checkpointed = self.gradient_checkpointing and self.training and stage.gradient == "backprop"
-            solution = stage(hidden_states, gradient="checkpoint" if checkpointed else None, **asked)
+            solution = stage(
+                hidden_states,
+                max_steps=None if drawn else steps[index],
+                tol=tol,
+                gradient="checkpoint" if checkpointed else None,
+                output_trajectory=output_trajectory,
+                num_restarts=num_restarts,
+            )
             # a device map may part x and z
             hidden_states = hidden_states.to(solution.z.device) + solution.z if self.config.residual_stages else solution.z
             maps.append(hidden_states)
@@ -331,6 +338,7 @@ class RevDEQVisionModel(RevDEQVisionNetwork):
         self,
         pixel_values: torch.FloatTensor | None = None,
         max_steps: "int | list[int] | None" = None,
+        tol: float | None = None,
         output_hidden_states: bool | None = None,
         output_trajectory: bool = False,
         num_restarts: int | None = None,
@@ -339,6 +347,8 @@ class RevDEQVisionModel(RevDEQVisionNetwork):
         r"""
         max_steps (`int` or `list[int]`, *optional*):
             Steps of the solves, for all stages or one per stage, instead of `config.max_steps`.
+        tol (`float`, *optional*):
+            Relative residual at which an image stops in each stage, instead of `config.tol`.
         output_hidden_states (`bool`, *optional*):
             Whether to return `hidden_states`, the maps of the stem and of each stage: `len(config.hidden_sizes)` + 1 in all, the first and the second of
             the images' height and width, each further one of half of that, rounded up. The last one is `last_hidden_state`.
@@ -349,7 +359,7 @@ class RevDEQVisionModel(RevDEQVisionNetwork):
             Start states of each stage's solve, of which each image takes the solution of the smallest residual, instead of `config.num_restarts`.
         """
         refuse_settings(kwargs)
-        maps, solutions = self.compute_maps(pixel_values, max_steps, output_trajectory, num_restarts)
+        maps, solutions = self.compute_maps(pixel_values, max_steps, tol, output_trajectory, num_restarts)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return RevDEQVisionModelOutput(
@@ -382,6 +392,7 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         max_steps: "int | list[int] | None" = None,
+        tol: float | None = None,
         output_hidden_states: bool | None = None,
         output_solver_stats: bool = False,
         output_trajectory: bool = False,
@@ -395,6 +406,8 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
             error). `config.problem_type`, if None, is set by the first labels seen, as in transformers' own models.
         max_steps (`int` or `list[int]`, *optional*):
             Steps of the solves, for all stages or one per stage, instead of `config.max_steps`.
+        tol (`float`, *optional*):
+            Relative residual at which an image stops in each stage, instead of `config.tol`.
         output_hidden_states (`bool`, *optional*):
             Whether to return `hidden_states`, the maps of the stem and of each stage, see `RevDEQVisionModel.forward`.
         output_solver_stats (`bool`, *optional*, defaults to `False`):
@@ -422,6 +435,7 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
         outputs: RevDEQVisionModelOutput = self.model(
             pixel_values,
             max_steps=max_steps,
+            tol=tol,
             output_hidden_states=output_hidden_states,
             output_trajectory=output_trajectory,
             num_restarts=num_restarts,
@@ -495,6 +509,7 @@ class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
         pixel_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         max_steps: "int | list[int] | None" = None,
+        tol: float | None = None,
         output_hidden_states: bool | None = None,
         output_trajectory: bool = False,
         num_restarts: int | None = None,
@@ -506,6 +521,8 @@ class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
             cross-entropy of the others.
         max_steps (`int` or `list[int]`, *optional*):
             Steps of the solve instead of `config.max_steps`: a larger grid needs more.
+        tol (`float`, *optional*):
+            Relative residual at which a grid stops, instead of `config.tol`.
         output_hidden_states (`bool`, *optional*):
             Whether to return `hidden_states`, the maps of the stem and of the stage.
         output_trajectory (`bool`, *optional*, defaults to `False`):
@@ -531,6 +548,7 @@ class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
         outputs: RevDEQVisionModelOutput = self.model(
             pixel_values,
             max_steps=max_steps,
+            tol=tol,
             output_hidden_states=output_hidden_states,
             output_trajectory=output_trajectory,
             num_restarts=num_restarts,
@@ -580,6 +598,7 @@ class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
         self,
         pixel_values: torch.FloatTensor | None = None,
         max_steps: "int | list[int] | None" = None,
+        tol: float | None = None,
         output_hidden_states: bool | None = None,
         num_restarts: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -587,6 +606,8 @@ class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
         r"""
         max_steps (`int` or `list[int]`, *optional*):
             Steps of the solves, for all stages or one per stage, instead of `config.max_steps`.
+        tol (`float`, *optional*):
+            Relative residual at which an image stops in each stage, instead of `config.tol`.
         output_hidden_states (`bool`, *optional*):
             Whether to return `hidden_states`, the maps of the stem and of each stage, whatever `config.out_features` names.
         num_restarts (`int`, *optional*):
@@ -606,7 +627,7 @@ class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
 
         ```"""
         refuse_settings(kwargs)
-        maps, solutions = self.compute_maps(pixel_values, max_steps, num_restarts=num_restarts)
+        maps, solutions = self.compute_maps(pixel_values, max_steps, tol, num_restarts=num_restarts)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return RevDEQBackboneOutput(

@@ -87,12 +87,14 @@ def test_a_whole_compiled_model_compiles_the_block_by_itself(device):
 
 
 @pytest.mark.parametrize("settings", [dict(max_steps=33), dict(tol=1e-3), dict(initial_scale=1.0)], ids=str)
-def test_what_cannot_be_written_out_compiles_the_block_by_itself(settings):
+@pytest.mark.parametrize("in_the_call", [False, True])
+def test_what_cannot_be_written_out_compiles_the_block_by_itself(settings, in_the_call):
     block, x = make_block("convolution")
-    layer = ReversibleFixedPoint(block, beta=0.8, **settings).eval()
+    asked = {name: settings[name] for name in ("max_steps", "tol") if in_the_call and name in settings}
+    layer = ReversibleFixedPoint(block, beta=0.8, **{name: value for name, value in settings.items() if name not in asked}).eval()
     with torch.no_grad():
-        expected = layer(x)
-        found = torch.compile(layer, backend="aot_eager")(x)
+        expected = layer(x, **asked)
+        found = torch.compile(layer, backend="aot_eager")(x, **asked)
     torch.testing.assert_close(found.z, expected.z, rtol=0, atol=1e-5)
     assert layer._compiled_block
 

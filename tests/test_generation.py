@@ -314,6 +314,23 @@ def test_steps_may_be_set_in_the_generation_config():
     assert (model.generation_config.max_steps, model.generation_config.draft_max_steps) == (7, 1)
 
 
+@pytest.mark.parametrize("more", [dict(), dict(guidance_scale=3.0), dict(draft_max_steps=2)], ids=str)
+def test_tol_of_a_call_or_of_the_generation_config_is_that_of_a_config(more):
+    settings = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None, **more)
+    found = {}
+    for tol in (0.5, None):  # with one so large, tokens are others
+        model = contractive(tol=tol, scale=2.0, beta=0.7, max_steps=12)
+        found[tol] = model.generate(IDS[:1], **settings)
+    assert not torch.equal(found[0.5], found[None])
+    assert torch.equal(model.generate(IDS[:1], tol=0.5, **settings), found[0.5])
+    assert torch.equal(model.generate(IDS[:1], generation_config=GenerationConfig(tol=0.5, **settings)), found[0.5])
+    model.generation_config.tol = 0.5
+    assert torch.equal(model.generate(IDS[:1], **settings), found[0.5])
+    assert torch.equal(model.generate(IDS[:1], tol=0.0, **settings), found[None])
+    assert model.model.solve.tol is None
+    assert model.generation_config.tol == 0.5
+
+
 def test_guidance_takes_the_steps_of_the_call():
     model = contractive(scale=2.0, max_steps=1)
     calls, settings = steps_of_calls(model), dict(guidance_scale=3.0, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)

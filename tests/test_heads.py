@@ -67,6 +67,8 @@ def test_heads_load_train_exactly_and_take_max_steps(head, auto, labels, block_t
     logits = out[1]
     assert not torch.equal(logits, model(IDS, **labels, max_steps=1)[1])
     assert model.model.solve.statistics.evaluations == 2
+    model(IDS, **labels, tol=10.0)
+    assert model.model.solve.statistics.steps.max() == 0
     model.save_pretrained(tmp_path)
     loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is head

@@ -307,7 +307,18 @@ def test_head_dim_follows_from_width_and_heads():
         RevDEQConfig(**SMALL, head_dim=16)
 
 
-@pytest.mark.parametrize("name", ["tol", "beta", "gradient", "damping", "steps_sampling", "z0", "measure_mask"])
+@torch.no_grad()
+def test_tol_of_a_call_is_that_of_a_config():
+    own, asked = small(tol=0.05, max_steps=30), small(max_steps=30)
+    expected = own(IDS, labels=IDS, output_solver_stats=True)
+    found = asked(IDS, labels=IDS, output_solver_stats=True, tol=0.05)
+    assert expected.solver_steps.max() in range(2, 30)
+    assert all(torch.equal(found[name], expected[name]) for name in ("loss", "logits", "solver_steps", "solver_residual"))
+    assert torch.equal(own.model(IDS)[0], asked.model(IDS, tol=0.05)[0])
+    assert (asked(IDS, output_solver_stats=True).solver_steps == 30).all()
+
+
+@pytest.mark.parametrize("name", ["beta", "gradient", "damping", "steps_sampling", "z0", "measure_mask"])
 def test_settings_of_the_layer_are_refused_in_a_call(name):
     with pytest.raises(ValueError, match=f"{name}: settings of the model's fixed-point layers, not of a call"):
         small()(IDS, **{name: 0.5})

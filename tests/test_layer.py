@@ -126,6 +126,24 @@ def test_rows_that_stop_early_stop_at_different_steps():
         torch.testing.assert_close(alone.z[0], together.z[row], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(gradient="reversible"), dict(gradient="implicit", solver="anderson")], ids=lambda value: value["gradient"]
+)
+def test_tol_of_a_call_is_that_of_a_layer(settings):
+    found = []
+    for own, asked in ((0.02, {}), (1e-9, {"tol": 0.02}), (None, {"tol": 0.02})):
+        block, x = make_block("attention")
+        layer = ReversibleFixedPoint(block, max_steps=30, tol=own, **settings)
+        solution = layer(x, **asked)
+        solution.z.square().sum().backward()
+        assert solution.steps.max() < 30
+        assert layer.drift == 0
+        found.append([solution.z, solution.steps, x.grad, *(parameter.grad for parameter in block.parameters())])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    with pytest.raises(ValueError, match="tol must be None"):
+        layer(x, tol=-1)
+
+
 def test_gradients_equal_finite_differences():
     torch.manual_seed(0)
     block = AttentionBlock(width=4, heads=1).double()

@@ -358,7 +358,20 @@ def test_small_images():
     assert frozen(tiny).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["tol", "beta", "gradient"])
+@torch.no_grad()
+def test_tol_of_a_call_is_that_of_a_config():
+    own, asked = (small(tol=tol, max_steps=[60, 50]).eval() for tol in (0.05, None))
+    expected, found = own(IMAGES, output_solver_stats=True), asked(IMAGES, output_solver_stats=True, tol=0.05)
+    assert 1 < expected.solver_steps.min() < expected.solver_steps.max() < 50
+    assert all(torch.equal(found[name], expected[name]) for name in ("logits", "solver_steps", "solver_residual"))
+    assert torch.equal(own.model(IMAGES)[0], asked.model(IMAGES, tol=0.05)[0])
+    backbones = [RevDEQVisionBackbone(model.config).eval() for model in (own, asked)]
+    for backbone, model in zip(backbones, (own, asked), strict=True):
+        backbone.load_state_dict(model.model.state_dict())
+    assert torch.equal(backbones[0](IMAGES).feature_maps[-1], backbones[1](IMAGES, tol=0.05).feature_maps[-1])
+
+
+@pytest.mark.parametrize("name", ["damping", "beta", "gradient"])
 @pytest.mark.parametrize("kind", [RevDEQVisionModel, RevDEQForImageClassification, RevDEQVisionBackbone])
 def test_settings_of_the_layers_are_refused_in_a_call(kind, name):
     with pytest.raises(ValueError, match=f"{name}: settings of the model's fixed-point layers, not of a call"):
