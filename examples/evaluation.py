@@ -1,7 +1,7 @@
 """What is a saved model worth? What `evaluate.py` measures, and the file of results that it writes.
 
-A number belongs to weights, data and a protocol, so the file holds all of them: sha256 of the weights and of the data, the protocol, versions, device, command
-and date. `revdeq_hf.model_card` takes its numbers from there.
+A number belongs to weights, settings, data and a protocol, so the file holds all of them: sha256 of the weights, the tokenizer and the data, the settings, the
+protocol, versions, device, command and date. `revdeq_hf.model_card` takes its numbers from there.
 
 The quality curve: the same data at half, once, twice and four times the model's own steps, or at `--curve_steps`. The residual curve: mean residual at the
 start of each step of one batch. The drift: of one backward pass of up to four examples.
@@ -26,7 +26,7 @@ from huggingface_hub import errors as hub_errors
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, HfArgumentParser
 
-from revdeq_hf.model_card import CURVE, EVALUATION, SOLVER_FIELDS, file_hash, weight_hashes
+from revdeq_hf.model_card import CURVE, EVALUATION, decisive, file_hash, input_hashes, weight_hashes
 from revdeq_hf.training import fixed_point_layers, print_table, residual_curve, run_record, text_hash, text_scores, text_size
 
 USAGE = "usage: python examples/evaluate.py MODEL [--help] [flags]     (MODEL: the folder of a saved model, or its name on the Hub)"
@@ -150,7 +150,8 @@ def main(arguments: list[str] | None = None) -> dict:
         "results": figures["results"],
         "details": figures["details"],
         "solve": figures["solve"],
-        "solver": {key: getattr(model.config, key) for key in SOLVER_FIELDS if hasattr(model.config, key)},
+        "configuration": decisive(model.config),
+        "inputs": input_hashes(folder),
         "steps_curve": curve,
         "residual_per_step": residuals,
         "protocol": {**measured.protocol, "max_steps": own, "dtype": options.dtype, "batch_size": options.batch_size},
@@ -294,12 +295,11 @@ def text(model: Any, folder: Path, options: TextArguments, data: Any) -> Measure
         )  # the sizes are of all windows
         return {"results": {key: scores[key] for key in kept}, "details": {}, "solve": solver_means(solved)}
 
-    standing_in = SPLITS[SPLITS.index(options.split) :: -1]  # a split that is not given is taken from the one before it
-    source = next((file for split in standing_in if (file := getattr(data, f"{split}_file"))), None)
+    origin = options.split if built_in else str(rows.split)  # load_text takes a split that is not given from the one before it
     protocol = {
         "data": f"source text of Python {platform.python_version()}'s standard library",
-        **described(data, f"{options.split} split", source),
-        "split": options.split,
+        **described(data, f"{origin} split", getattr(data, f"{origin}_file")),
+        "split": "a twentieth of the training rows (seed 0)" if origin == "train" != options.split else origin,
         "examples": len(rows),
         "data_sha256": text_hash(texts),
         "tokens": len(ids) - 1,
@@ -395,10 +395,11 @@ def images(model: Any, folder: Path, options: EvaluationArguments, data: Any) ->
 
 
 def described(data: Any, what: str, source: str | None) -> dict[str, Any]:
-    """The data by their name on the Hub (`dataset`, `config`), or by the name of their file or folder."""
+    """The data by their name on the Hub (`dataset`, `dataset_config`), or by the name of their file or folder."""
     if data.dataset_name:
+        dataset = {} if Path(data.dataset_name).exists() else {"dataset": data.dataset_name}
         config = {"dataset_config": data.dataset_config} if data.dataset_config else {}
-        return {"data": Path(data.dataset_name).name, "dataset": data.dataset_name, **config}
+        return {"data": Path(data.dataset_name).name, **dataset, **config}
     return {"data": f"{what} of {Path(source).name}"} if source else {}
 
 
@@ -429,7 +430,7 @@ def plot_curves(record: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    trained = record["solver"]["max_steps"]
+    trained = record["configuration"]["max_steps"]
     trained = max(trained) if isinstance(trained, list) else trained
     for name, values in record["residual_per_step"].items():
         left.plot(range(1, len(values) + 1), values, marker=".", label=name)

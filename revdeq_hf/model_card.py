@@ -9,11 +9,13 @@ Numbers come from `evaluation.json`, from the training's `trainer_state.json` an
 (`<!-- generated: ... -->`) and in the metadata, where `check_card` finds whatever differs; the prose around them may be edited by hand, but a sentence there
 must not state a quality with a number. No argument takes a number.
 
-`card.yaml` in the model's folder holds what no run knows: the texts of `TEXTS`, and `power_watts`, from which the energy of the training is estimated.
+`card.yaml` in the model's folder holds what no run knows: the texts of `TEXTS`, and `power_watts`, from which the energy of the training is estimated. Licence,
+base model, data sets, language and tags of the metadata are compared with it, too.
 """
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import re
@@ -27,14 +29,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 CARD, EVALUATION, CURVE, FIELDS = "README.md", "evaluation.json", "evaluation_steps.png", "card.yaml"
 TEMPLATE = Path(__file__).parent / "model_card_template.md"
-SOLVER_FIELDS = ("solver", "beta", "max_steps", "tol")  # of a configuration: what the value of a model depends on
+INPUTS = ("tokenizer.json", "preprocessor_config.json")  # that make a model's inputs
+# fields of our configurations on which no result depends
+FREE = {
+    *("keep_evaluations", "drift_policy", "steps_sampling", "path_noise", "attention_dropout", "hidden_dropout", "initializer_range"),
+    *("kv_cache", "use_cache", "skip_logits", "pad_token_id", "bos_token_id", "eos_token_id", "semantic_loss_ignore_index"),
+}
 RECORD = (
     "task",
     "weights",
     "parameters",
     "results",
     "solve",
-    "solver",
+    "configuration",
     "steps_curve",
     "protocol",
     "plot",
@@ -91,7 +98,8 @@ LISTS = ("base_model", "language", "datasets", "tags")  # may be lists of texts
 
 _BLOCK = re.compile(r"<!-- generated: (\w+) -->\n(.*?)<!-- end of \1 -->", re.S)
 _QUALITY = re.compile(r"perplexit|accura|bits per byte|\bloss\b|residual|\bdrift\b|calibration error|error rate|\bscore", re.I)
-_METADATA = ("library_name", "pipeline_tag", "metrics", "eval_results")  # of the metadata, what is compared (the last is model-index)
+# of the metadata, what is written and compared (the last is model-index); the rest is left alone
+_METADATA = ("library_name", "pipeline_tag", "license", "base_model", "language", "datasets", "tags", "metrics", "eval_results")
 
 
 def render_card(
@@ -104,12 +112,12 @@ def render_card(
         template: Jinja file instead of the package's own (`model_card_template.md`), with the same names.
         evaluated: False: a card without an evaluation, which says so.
         weights: False: the weights are elsewhere (a card kept for reading); what `evaluation.json` says of them is taken as it is.
-        texts: instead of those of `card.yaml`, by the names in `TEXTS`.
+        texts: instead of those of `card.yaml`, by the names in `TEXTS`; `check_card` knows those of `card.yaml` only.
 
     Raises:
         FileNotFoundError: a file is missing; the error names the command that makes it.
-        ValueError: the results are of other weights or another solver, hold an unknown metric or no finite value, a text states a quality with a number, or the
-            template has a placeholder without a value or a digit of its own among the generated parts.
+        ValueError: the results are of other weights, settings or tokenizers, hold an unknown metric or no finite value, a text states a quality with a
+            number, or the template has a placeholder without a value or a digit of its own among the generated parts.
     """
     folder = Path(folder)
     config, architecture = _config(folder)
@@ -158,7 +166,7 @@ def render_card(
 
 
 def write_card(folder: "str | Path", **arguments: Any) -> Path:
-    """Writes `render_card(folder, **arguments)` to README.md. In a card that is there already only the generated parts change; the prose stays as it is.
+    """Writes `render_card(folder, **arguments)` to README.md. Of a card that is there the generated parts and metadata change; the prose stays as it is.
 
     Raises:
         FileExistsError: there is a README.md without generated parts.
@@ -167,14 +175,15 @@ def write_card(folder: "str | Path", **arguments: Any) -> Path:
     text = render_card(folder, **arguments)
     if path.is_file():
         blocks, old = dict(_BLOCK.findall(text)), ModelCard.load(path)
-        if set(dict(_BLOCK.findall(old.text))) != set(blocks):
+        there = set(dict(_BLOCK.findall(old.text)))
+        if there != set(blocks):
             raise FileExistsError(
-                f"{str(path)!r} is not a card that was written here, it lacks generated parts; move it away to write a new one"
+                f"{str(path)!r} is not a card as it is written here: of the generated parts {', '.join(blocks)} it has {', '.join(sorted(there)) or 'none'}; "
+                "move it away to write a new one"
             )
         new = ModelCard(text)
-        for key, value in new.data.__dict__.items():
-            if value is not None:
-                setattr(old.data, key, value)
+        for key in (*_METADATA, "model_name"):
+            setattr(old.data, key, getattr(new.data, key))
         old.text = _BLOCK.sub(lambda found: f"<!-- generated: {found[1]} -->\n{blocks[found[1]]}<!-- end of {found[1]} -->", old.text)
         _refuse_claims(old.text)
         text = old.content
@@ -183,7 +192,7 @@ def write_card(folder: "str | Path", **arguments: Any) -> Path:
 
 
 def check_card(folder: "str | Path", *, template: "str | Path | None" = None, weights: bool = True) -> None:
-    """Compares README.md with what the folder's files give: the generated parts, the results in the metadata, and the plot.
+    """Compares README.md with what the folder's files give: the generated parts, the metadata, and the plot.
 
     Args:
         template, weights: as for `render_card`.
@@ -216,7 +225,10 @@ def check_card(folder: "str | Path", *, template: "str | Path | None" = None, we
     for key in _METADATA:
         there, here = (getattr(data, key) for data in (card.data, wanted.data))
         if there != here:
-            raise ValueError(f"{key} in the metadata of {str(path)!r} is {there}, the files give {here}")
+            raise ValueError(
+                f"{key} in the metadata of {str(path)!r} is {there}, the files give {here}; state it in {FIELDS} if no run knows it, and write the card anew "
+                f"with python -m revdeq_hf.model_card {folder}"
+            )
     _refuse_claims(card.text)
 
 
@@ -229,18 +241,35 @@ def file_hash(path: "str | Path") -> str:
     return digest.hexdigest()
 
 
-def weight_hashes(folder: "str | Path") -> dict[str, str]:
-    """sha256 of each of a model's safetensors files, by name.
+def weight_files(folder: "str | Path") -> list[Path]:
+    """model.safetensors, or else its parts. What has another name (a variant, an older file) is not what `from_pretrained` reads.
 
     Raises:
         FileNotFoundError: there are none.
     """
-    files = sorted(Path(folder).glob("model*.safetensors"))
+    whole = Path(folder) / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(Path(folder).glob("model-*.safetensors"))
     if not files:
         raise FileNotFoundError(
-            f"{str(folder)!r} holds no weights: expected model.safetensors (or its parts), as save_pretrained writes them"
+            f"{str(folder)!r} holds no weights: expected model.safetensors (or its parts), as save_pretrained writes them without a variant"
         )
-    return {path.name: file_hash(path) for path in files}
+    return files
+
+
+def weight_hashes(folder: "str | Path") -> dict[str, str]:
+    """sha256 of each of `weight_files`, by name."""
+    return {path.name: file_hash(path) for path in weight_files(folder)}
+
+
+def input_hashes(folder: "str | Path") -> dict[str, str]:
+    """sha256 of each of the files `INPUTS` that is there, by name."""
+    return {name: file_hash(Path(folder) / name) for name in INPUTS if (Path(folder) / name).is_file()}
+
+
+def decisive(config: Any) -> dict[str, Any]:
+    """What of a configuration the results depend on, as JSON holds it."""
+    names = {*inspect.get_annotations(type(config)), "id2label"} - FREE
+    return {name: value for name, value in json.loads(config.to_json_string(use_diff=False)).items() if name in names}
 
 
 # --- what the files say ---
@@ -269,7 +298,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], str]:
         raise ValueError(
             f"a card is made of models of this package ({', '.join(KINDS)}), {str(path)!r} is of {architecture} (model_type {saved.get('model_type')!r})"
         )
-    return kinds[saved["model_type"]].from_json_file(path).to_dict(), architecture
+    return json.loads(kinds[saved["model_type"]].from_json_file(path).to_json_string(use_diff=False)), architecture
 
 
 def _evaluation(folder: Path, task: str, hashes: dict[str, str] | None, config: dict[str, Any]) -> dict[str, Any]:
@@ -280,6 +309,8 @@ def _evaluation(folder: Path, task: str, hashes: dict[str, str] | None, config: 
             "card that says that nothing was measured (evaluated=False, --not_evaluated)"
         )
     record = _json(path)
+    if "solver" in record:  # of an evaluation that noted four settings only
+        record.setdefault("configuration", record["solver"])
     lacking = [name for name in RECORD if name not in record]
     if lacking:
         raise ValueError(
@@ -299,9 +330,14 @@ def _evaluation(folder: Path, task: str, hashes: dict[str, str] | None, config: 
             f"{str(path)!r} is of other weights than the folder holds: it measured {record['weights']}, here are {hashes}; measure these with "
             f"python examples/evaluate.py {folder}"
         )
-    for name, value in record["solver"].items():
-        if config[name] != value:
-            raise ValueError(f"{str(path)!r} was measured with {name} {value!r}, config.json has {config[name]!r}; measure anew")
+    for name, value in record["configuration"].items():
+        if config.get(name) != value:
+            raise ValueError(f"{str(path)!r} was measured with {name} {value!r}, config.json has {config.get(name)!r}; measure anew")
+    inputs = input_hashes(folder)
+    if hashes is not None and record.get("inputs", inputs) != inputs:
+        raise ValueError(
+            f"{str(path)!r} was measured with {record['inputs']}, here are {inputs} (sha256); put these files back, or measure anew"
+        )
     plot = folder / record["plot"]["file"]
     if not plot.is_file():
         raise FileNotFoundError(

@@ -30,14 +30,13 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_revdeq import RevDEQConfig, RevDEQVisionConfig
 from .hub_revdeq import AUTO_MAPS, BundledConfig, __version__
-from .model_card import check_card, render_card
+from .model_card import check_card, render_card, weight_files
 
-# what a published model may consist of, beside its code
+# what a published model may consist of, beside its weights and its code
 PARTS = (
     "config.json",
     "generation_config.json",
-    "model*.safetensors",
-    "model*.safetensors.index.json",
+    "model.safetensors.index.json",
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -46,16 +45,19 @@ PARTS = (
     "chat_template.*",
     "preprocessor_config.json",
     "processor_config.json",
-    "README.md",
-    "LICENSE*",
     "requirements.txt",
     "evaluation*.json",
+    "evaluation*.png",
     "results*.json",
-    "*.png",
+    "training.png",
+    "fixed_point.png",
 )
+OTHERS = ("README.md", "LICENSE*", "*.png")  # parts, too, which in a repository may be somebody's own
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.joblib")
-# of an earlier publication, what the new one replaces even where the names differ
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "*_revdeq*.py", *PICKLES)
+# of an earlier publication, what the new one deletes where it has no such file
+REPLACED = (*PARTS, "*.safetensors", "*.safetensors.index.json", "*_revdeq*.py", *PICKLES)
+GENERATED = "<!-- generated: "  # of a card that was written here
+PATH = re.compile(r"(?<![\w/:.<])/[\w.+-]+/[\w./+-]*\w")
 SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
     "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{60,})",
@@ -79,7 +81,8 @@ class Publication:
         files: bytes of each file that is sent.
         left_out: why a file or folder of the model's folder is not sent.
         checks: what was checked, with what came out.
-        deleted: files of the repository that the same commit deletes, since other ones take their place.
+        warnings: what to look at; nothing is refused for it.
+        deleted: files of the repository that the same commit deletes, since they belong to what was there before.
         url: of the commit or pull request; None: nothing was sent.
     """
 
@@ -87,6 +90,7 @@ class Publication:
     files: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     checks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     url: str | None = None
 
@@ -96,6 +100,7 @@ class Publication:
         lines += [f"      left out  {name}: {why}" for name, why in self.left_out.items()]
         lines += [f"       deleted  {name}" for name in self.deleted]
         lines += [f"            ok  {check}" for check in self.checks]
+        lines += [f"       warning  {warning}" for warning in self.warnings]
         lines.append(f"published: {self.url}" if self.url else f"nothing was sent to {self.repo_id}")
         return "\n".join(lines)
 
@@ -123,7 +128,8 @@ def publish(
         model: a folder as `save_pretrained` writes it, which stays as it is; or a model, which is compared with what is sent.
         repo_id: "user/name"; made where it does not exist.
         processor: with a model, its tokenizer or image processor.
-        private: whether a new repository is private (None: as the account's default). True is refused for one that is public already.
+        private: whether a new repository is private (None: as the account's default). True is refused for one that is public already; one that is private
+            stays so.
         create_pr: open a pull request instead of committing.
         revision: branch to commit to, made where it does not exist (None: main).
         commit_message: first line of the commit.
@@ -139,12 +145,17 @@ def publish(
     validate_repo_id(repo_id)
     with ExitStack() as stack:
         if isinstance(model, PreTrainedModel):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), repo_id.rpartition("/")[2])  # a card's title
             model.save_pretrained(folder)
             if processor is not None:
                 processor.save_pretrained(folder)
         elif processor is not None:
             raise ValueError("processor goes with a model; a folder holds its own: processor.save_pretrained(folder)")
+        elif not isinstance(model, str | os.PathLike):
+            raise ValueError(
+                f"a folder or a model of this package is published, got {type(model).__name__}; merge an adapter first, model.merge_and_unload(), and take "
+                "the model itself out of a wrapper such as torch.compile's"
+            )
         else:
             folder = Path(model)
         stage = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # links to what is sent, and the card
@@ -153,11 +164,13 @@ def publish(
         _choose(folder, stage, module, publication)
         _write_card(folder, stage, publication)
         _check_secrets(stage, publication)
+        _tell_paths(stage, publication)
         model_class = getattr(importlib.import_module(f".{module}", __package__), name)
         _check_model(stage, auto_class, model_class, model if isinstance(model, PreTrainedModel) else None, publication)
         publication.files = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
         if not dry_run:
-            _send(stage, publication, private=private, create_pr=create_pr, revision=revision, message=commit_message, token=token)
+            card = (folder / "README.md").is_file()
+            _send(stage, publication, card, private=private, create_pr=create_pr, revision=revision, message=commit_message, token=token)
         return publication
 
 
@@ -214,18 +227,17 @@ def _choose(folder: Path, stage: Path, module: str, publication: Publication) ->
             "the model and save it once more with save_pretrained, or publish it with the version that saved it"
         )
     publication.checks.append(f"{len(code)} code files, the same as in revdeq_hf {__version__}")
+    weights = [path.name for path in weight_files(folder)]
     for name in names:
         path = folder / name
         if path.is_dir():
             publication.left_out[name] = "a folder"
         elif any(fnmatch(name, pattern) for pattern in PICKLES):
             publication.left_out[name] = "may hold a pickle, which runs code where it is loaded"
-        elif name in code or any(fnmatch(name, pattern) for pattern in PARTS):
+        elif name in code or name in weights or any(fnmatch(name, pattern) for pattern in (*PARTS, *OTHERS)):
             (stage / name).symlink_to(path.resolve())
         else:
             publication.left_out[name] = "not a part of a published model"
-    if not any(stage.glob("*.safetensors")):
-        raise FileNotFoundError(f"{str(folder)!r} has no model.safetensors; save the model with save_pretrained")
 
 
 def _check_secrets(stage: Path, publication: Publication) -> None:
@@ -243,16 +255,28 @@ def _check_secrets(stage: Path, publication: Publication) -> None:
     publication.checks.append("no pickles, no tokens or keys")
 
 
+def _tell_paths(stage: Path, publication: Publication) -> None:
+    for path in sorted(stage.iterdir()):
+        if path.name == "README.md" or fnmatch(path.name, "results*.json") or fnmatch(path.name, "evaluation*.json"):
+            found = dict.fromkeys(PATH.findall(path.read_text(encoding="utf-8", errors="replace")))
+            if found:
+                publication.warnings.append(f"{path.name} names paths of this machine: {', '.join(found)}")
+
+
 def _write_card(folder: Path, stage: Path, publication: Publication) -> None:
-    if (stage / "README.md").exists():
-        if "<!-- generated: " in (stage / "README.md").read_text(encoding="utf-8"):
+    card = stage / "README.md"
+    if card.exists():
+        text = card.read_text(encoding="utf-8")
+        if GENERATED in text:
             check_card(folder)
             publication.checks.append("README.md says what its results say")
+            card.unlink()  # a link to the folder's
+            card.write_text(re.sub(r'"USER/[^"\n]*"', f'"{publication.repo_id}"', text), encoding="utf-8")
         else:
             publication.checks.append("README.md is your own, its figures were not checked")
         return
     evaluated = (folder / "evaluation.json").is_file()
-    (stage / "README.md").write_text(render_card(folder, evaluated=evaluated, repo_id=publication.repo_id), encoding="utf-8")
+    card.write_text(render_card(folder, evaluated=evaluated, repo_id=publication.repo_id), encoding="utf-8")
     publication.checks.append(
         "README.md made from the results" if evaluated else "README.md made, without an evaluation (examples/evaluate.py makes one)"
     )
@@ -373,6 +397,7 @@ def _examine_folder(folder, auto_class, threads, result):
 def _send(
     stage: Path,
     publication: Publication,
+    card: bool,
     *,
     private: bool | None,
     create_pr: bool,
@@ -387,14 +412,25 @@ def _send(
     with _explained(f"nothing was published, {repo_id!r} shows what it showed before, and nothing where it is new"):
         if not api.repo_exists(repo_id):  # a pull request may be opened where nothing may be made
             api.create_repo(repo_id, private=private)
-        if private and not api.model_info(repo_id).private:
+        hidden = api.model_info(repo_id).private
+        if private and not hidden:
             raise PermissionError(
                 f"{repo_id!r} is public already, so that private=True cannot be kept: change it on its page, or choose another name"
             )
+        if hidden and private is False:
+            publication.warnings.append(f"{repo_id!r} was private before and stays so; change it on its page")
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         head = api.model_info(repo_id, revision=revision)
         there = [sibling.rfilename for sibling in head.siblings or []]
+        if not card and "README.md" in there:
+            with tempfile.TemporaryDirectory() as place:
+                theirs = Path(api.hf_hub_download(repo_id, "README.md", revision=head.sha, local_dir=place)).read_bytes()
+            if GENERATED.encode() not in theirs:
+                del publication.files["README.md"]
+                publication.warnings.append(
+                    f"README.md of {repo_id!r} was not made here and stays; to replace it, put a README.md into the folder"
+                )
         deleted = [name for name in there if _is_replaced(name) and name not in publication.files]
         operations: list[Any] = [CommitOperationAdd(name, stage / name) for name in publication.files]
         operations += [CommitOperationDelete(name) for name in deleted]

@@ -142,8 +142,24 @@ def test_what_the_file_of_results_holds(evaluation, language, text_file, tmp_pat
     assert other["steps_curve"][0]["loss"] == pytest.approx(found["steps_curve"][3]["loss"], rel=1e-6)
     assert other["results"]["loss"] == pytest.approx(found["steps_curve"][2]["loss"], rel=1e-6)
     assert other["protocol"]["max_steps"] == 4
-    assert other["solver"]["max_steps"] == model.config.max_steps == 2
+    assert other["configuration"]["max_steps"] == model.config.max_steps == 2
     assert "bits_per_byte" in capsys.readouterr().out
+
+
+def test_the_protocol_says_where_the_texts_came_from(evaluation, language, text_file, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(text_file, tmp_path / "data" / "train.txt")
+    twentieth, file = "a twentieth of the training rows (seed 0)", str(text_file)
+    for flags, data, split in (
+        (["--test_file", file], "test split of lines.txt", "test"),
+        (["--validation_file", file], "validation split of lines.txt", "validation"),
+        (["--train_file", file], "train split of lines.txt", twentieth),
+        (["--train_file", file, "--split", "train"], "train split of lines.txt", "train"),
+        (["--dataset_name", str(tmp_path / "data")], "data", twentieth),
+    ):
+        found = evaluation.main([str(language), *flags, "--curve_steps", "2", "--output_dir", str(tmp_path)])["protocol"]
+        assert (found["data"], found["split"]) == (data, split)
+        assert "dataset" not in found  # which names a data set of the Hub
 
 
 def test_the_scripts_own_protocol_is_a_stride_of_a_window_less_one(evaluation, language, text_file, tmp_path):

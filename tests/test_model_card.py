@@ -213,7 +213,8 @@ def test_a_planted_number_in_the_metadata_or_in_a_sentence_is_caught(model):
 
 
 def test_prose_may_be_edited_and_outlives_new_results(model):
-    path = write_card(model, license="mit")
+    (model / "card.yaml").write_text("license: mit\n")
+    path = write_card(model)
     planted(model, "## Limits\n", "## Limits\n\nTrained on 40 lines only.\n")
     check_card(model)
     change_json(model / "evaluation.json", lambda record: record["results"].update(loss=1.25))
@@ -229,6 +230,56 @@ def test_prose_may_be_edited_and_outlives_new_results(model):
     with pytest.raises(FileExistsError, match="move it away"):
         write_card(model)
     assert path.read_text() == "# My own words\n"
+
+
+def test_what_card_yaml_no_longer_states_leaves_the_card(model):
+    fields = model / "card.yaml"
+    fields.write_text("license: mit\nbase_model: a/b\ndatasets: [a/c]\n")
+    path = write_card(model)
+    check_card(model)
+    fields.write_text("license: cc-by-nc-4.0\n")
+    with pytest.raises(ValueError, match=r"the part 'licence' .*'mit'.*'cc-by-nc-4\.0'"):
+        check_card(model)
+    write_card(model)
+    check_card(model)
+    assert metadata_load(path)["license"] == "cc-by-nc-4.0"
+    assert metadata_load(path).keys().isdisjoint({"base_model", "datasets"})
+    assert "## Licence\n\n<!-- generated: licence -->\ncc-by-nc-4.0\n<!-- end of licence -->\n" in path.read_text()
+    planted(model, "license: cc-by-nc-4.0", "license: cc-by-nc-4.0\nlicense_name: mine")  # of which card.yaml knows nothing
+    write_card(model)
+    assert metadata_load(path)["license_name"] == "mine"
+    planted(model, "license: cc-by-nc-4.0", "license: cc-by-nc-4.0\nbase_model: a/b")
+    with pytest.raises(ValueError, match=r"base_model in the metadata .* is a/b, the files give None; state it in card\.yaml"):
+        check_card(model)
+
+
+def test_a_card_written_again_without_its_evaluation_has_no_results(model):
+    path = write_card(model)
+    (model / "evaluation.json").unlink()
+    write_card(model, evaluated=False)
+    check_card(model)
+    assert metadata_load(path).keys().isdisjoint({"model-index", "metrics", "model_name"})
+
+
+def test_results_of_other_settings_or_another_tokenizer_are_refused(model):
+    write_card(model)
+    config = (model / "config.json").read_text()
+    for name, value in (("damping", 0.5), ("rope_parameters", {"rope_theta": 10.0, "rope_type": "default"}), ("hidden_act", "gelu")):
+        change_json(model / "config.json", lambda content, name=name, value=value: content.update({name: value}))
+        with pytest.raises(ValueError, match=f"was measured with {name} .*; measure anew"):
+            check_card(model)
+        (model / "config.json").write_text(config)
+    change_json(model / "config.json", lambda content: content.update(drift_policy="raise", use_cache=False, attention_dropout=0.1))
+    check_card(model)
+    tokenizer = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(tokenizer + " ")
+    with pytest.raises(ValueError, match=r"was measured with .*tokenizer\.json.*put these files back"):
+        check_card(model)
+    check_card(model, weights=False)
+    change_json(
+        model / "evaluation.json", lambda record: (record.pop("configuration"), record.pop("inputs"), record.update(solver={"beta": 0.8}))
+    )
+    check_card(model)  # of an evaluation that noted four settings
 
 
 def test_results_of_other_weights_settings_or_plots_are_refused(model):

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 import revdeq_hf
 from revdeq_hf import publishing
 from revdeq_hf.checkpoints import ResumableTrainer
+from revdeq_hf.model_card import write_card
 from revdeq_hf.publish import main
 from revdeq_hf.publishing import BundleCallback, publish
 
@@ -31,6 +32,9 @@ def hub(monkeypatch, tmp_path):
     """A Hub of its own for each test, and this process allowed to talk to it (the environment variables are read at import)."""
     with HubServer() as server:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # of the functions of the package, made at import
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # transformers' own, made at the first call, after 5.17
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -161,7 +165,8 @@ def test_private_pull_request_and_branch(hub, folder):
     publish(folder, NAME, revision="trial")
     assert hub.files(NAME, "trial").keys() == main_files.keys()
     assert hub.files(NAME) == main_files
-    publish(folder, "user/open")
+    assert "'user/model' was private before and stays so" in publish(folder, NAME, private=False).warnings[0]
+    assert publish(folder, "user/open", private=False).warnings == []
     with pytest.raises(PermissionError, match="public already"):
         publish(folder, "user/open", private=True)
 
@@ -176,6 +181,69 @@ def test_weights_under_other_names_are_replaced_in_the_same_commit(hub, folder, 
     assert "model.safetensors.index.json" in done.deleted
     assert [name for name in hub.files(NAME) if "safetensors" in name] == ["model.safetensors"]
     assert len(hub.repositories[NAME].messages) == 3
+
+
+@pytest.mark.usefixtures("trusting")
+def test_what_belongs_to_the_weights_before_is_deleted_and_nothing_else(hub, folder, tmp_path):
+    measured = ("evaluation.json", "evaluation_steps.png", "results.json", "training.png")
+    for name in (*measured, "LICENSE-DATA", "logo.png"):
+        (folder / name).write_text("{}")
+    publish(folder, NAME)
+    make("RevDEQForCausalLM").save_pretrained(tmp_path / "other")
+    done = publish(tmp_path / "other", NAME)
+    assert set(done.deleted) == {*measured, "tokenizer.json", "tokenizer_config.json"}
+    assert hub.files(NAME).keys() - done.files.keys() == {".gitattributes", "README.md", "LICENSE-DATA", "logo.png"}
+
+
+@pytest.mark.usefixtures("trusting")
+def test_a_card_on_the_hub_that_was_not_made_here_stays(hub, folder):
+    publish(folder, NAME)
+    own = (folder / "README.md").read_bytes()
+    (folder / "README.md").unlink()
+    done = publish(folder, NAME)
+    assert hub.files(NAME)["README.md"] == own
+    assert "README.md" not in done.files
+    assert "README.md of 'user/model' was not made here and stays" in str(done)
+    publish(folder, "user/made")
+    write_card(folder, evaluated=False, title="Another")
+    card = folder / "README.md"
+    publish(folder, "user/made")
+    assert b"# Another" in hub.files("user/made")["README.md"]
+    card.unlink()
+    assert "README.md" in publish(folder, "user/made").files  # one made here is made anew
+    assert b"# Another" not in hub.files("user/made")["README.md"]
+
+
+@pytest.mark.usefixtures("trusting")
+def test_a_card_names_its_repository(hub, folder):
+    (folder / "README.md").unlink()
+    write_card(folder, evaluated=False)
+    before = contents(folder)
+    publish(folder, NAME)
+    assert contents(folder) == before
+    assert b'"USER/saved"' in before["README.md"]
+    assert hub.files(NAME)["README.md"] == before["README.md"].replace(b"USER/saved", b"user/model")
+    publish(make("RevDEQForCausalLM"), "user/of-memory")
+    assert b"\n# of-memory\n" in hub.files("user/of-memory")["README.md"]
+
+
+@pytest.mark.usefixtures("trusting")
+def test_paths_of_this_machine_are_told(folder, capsys):
+    assert publish(folder, NAME, dry_run=True).warnings == []
+    command = "python examples/evaluate.py runs/a --test_file /home/somebody/private/test.txt"
+    (folder / "evaluation.json").write_text(json.dumps({"command": command, "see": "https://example.org/a/b", "unit": "tokens/s/GPU"}))
+    main([str(folder), NAME, "--dry_run"])
+    told = [line.strip() for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert told == ["warning  evaluation.json names paths of this machine: /home/somebody/private/test.txt"]
+
+
+@pytest.mark.usefixtures("trusting")
+def test_weights_that_are_not_loaded_are_not_sent(folder):
+    for name in ("model.old.safetensors", "model-00001-of-00002.safetensors"):
+        shutil.copy(folder / "model.safetensors", folder / name)
+    shown = publish(folder, NAME, dry_run=True)
+    assert [name for name in shown.files if "safetensors" in name] == ["model.safetensors"]
+    assert {"model.old.safetensors", "model-00001-of-00002.safetensors"} <= shown.left_out.keys()
 
 
 @pytest.mark.usefixtures("trusting")
@@ -249,6 +317,8 @@ def spoil(folder: Path, kind: str) -> None:
         (folder / "layer_revdeq.py").write_text("import os\n")
     elif kind == "no weights":
         weights.unlink()
+    elif kind == "a variant alone":
+        weights.rename(folder / "model.fp16.safetensors")
     elif kind == "weights cut short":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif kind == "header tampered with":
@@ -268,6 +338,14 @@ def spoil(folder: Path, kind: str) -> None:
         (folder / "adapter_config.json").write_text("{}")
 
 
+def test_what_is_no_model_is_told():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(make("RevDEQForCausalLM"), peft.LoraConfig(target_modules=["q_proj"]))
+    for model, name in ((adapted, "PeftModel"), (torch.nn.Sequential(), "Sequential")):
+        with pytest.raises(ValueError, match=rf"got {name}; merge an adapter first, model\.merge_and_unload\(\)"):
+            publish(model, NAME, dry_run=True)
+
+
 def test_a_name_that_no_repository_can_have_is_told_without_the_network(folder):
     with pytest.raises(ValueError, match="Repo id must use alphanumeric chars"):
         publish(folder, "a name", dry_run=True)
@@ -285,7 +363,8 @@ def test_a_name_that_no_repository_can_have_is_told_without_the_network(folder):
         ("without its code", "save it once more"),
         ("a class of somebody else", "save it once more"),
         ("code of somebody else", r"layer_revdeq\.py missing or other"),
-        ("no weights", r"has no model\.safetensors"),
+        ("no weights", r"holds no weights: expected model\.safetensors"),
+        ("a variant alone", r"holds no weights: expected model\.safetensors .* without a variant"),
         ("weights cut short", "the model does not load"),
         ("header tampered with", "the model does not load"),
         ("another shape", "the model does not load"),
