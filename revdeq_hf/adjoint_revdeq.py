@@ -330,9 +330,8 @@ class _Reversible(torch.autograd.Function):
         kept: list[Evaluation] = []
 
         def evaluate(state: State, number: int) -> State:
-            if number < keep_from and not evaluator.compiled:
-                return evaluator(state, leaves)
-            # a block compiled without gradients is another program, with other rounding, than with them: the backward pass must meet the same one
+            # with a graph, though most are dropped: torch takes other kernels, with other rounding, where there is none (compiled programs, LSTM, attention
+            # with a learned bias, encoder layers in eval mode), and the backward pass must meet the same ones
             evaluation = evaluate_with_graph(evaluator, state, leaves)
             if number >= keep_from:
                 kept.append(evaluation)

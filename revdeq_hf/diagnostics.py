@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .adjoint_revdeq import residual_of
-from .evaluator_revdeq import Evaluator, State, evaluate_with_graph, generator_states, set_buffers, set_generator_states
+from .evaluator_revdeq import Evaluator, State, evaluate_with_graph, generator_states, kept_buffers, set_generator_states
 from .layer_revdeq import SOLVER_ARGUMENTS, ReversibleFixedPoint, fixed_point_layers
 from .solver_revdeq import rows
 
@@ -134,7 +134,7 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
         torch.device("cpu"),
     )
     generators = generator_states(device)
-    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    buffers = kept_buffers(module)
     try:
         with torch.enable_grad():  # a model that keeps a cache does so without gradients only, and its evaluations could not be repeated
             module(*args, **kwargs)
@@ -147,7 +147,8 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
         for handle in handles:
             handle.remove()
         set_generator_states(generators, device)
-        set_buffers(buffers)
+        for buffer in buffers:
+            buffer.put_back()
     for name, diagnosis in found.items():
         radius = diagnosis._radius()
         if not diagnosis.beta < diagnosis.beta_limit or radius >= 1:
@@ -177,7 +178,7 @@ def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, powe
     settings |= {"output_trajectory": True, "num_restarts": 1}  # of several start states the first
     settings["max_steps"] = settings.get("max_steps") or layer.max_steps  # a number, so that none is drawn
     device = tree_leaves(x)[0].device
-    generators, buffers = generator_states(device), [(buffer, buffer.clone()) for buffer in layer.buffers()]
+    generators, buffers = generator_states(device), kept_buffers(layer)
     with torch.enable_grad():
         solution = layer(x, *context, **settings, **named)
         is_tuple = isinstance(solution.z, tuple)
@@ -187,7 +188,8 @@ def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, powe
             torch.autograd.grad([part.float().sum() for part in z], tree_leaves(x), allow_unused=True)
             drift = layer.drift.item()
     set_generator_states(generators, device)  # the map of the solve: its dropout mask, its buffers
-    set_buffers(buffers)
+    for buffer in buffers:
+        buffer.put_back()
     evaluator = Evaluator(layer.block, (x, tuple(context), named), is_tuple, z, layer.damping)
     evaluation = evaluate_with_graph(evaluator, z, [tensor.detach() for tensor in evaluator.tensors])
     radius = _spectral_radius(evaluation.state, evaluation.f, power_iterations)

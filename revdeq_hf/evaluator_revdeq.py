@@ -86,11 +86,38 @@ def same_convolutions(device: torch.device) -> Iterator[None]:
         cudnn.benchmark, cudnn.deterministic = before
 
 
-@torch.no_grad()
-def set_buffers(values: "Iterable[tuple[torch.Tensor, torch.Tensor]]") -> None:
-    """Copies the second tensor of each pair into the first."""
-    for buffer, value in values:
-        buffer.copy_(value)
+class KeptBuffer:
+    """A module's buffer as it is now: which tensor, and a copy of its values."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name, self.tensor = module, name, module._buffers[name]
+        assert self.tensor is not None
+        self.value, self._version = self.tensor.detach().clone(), self.tensor._version
+
+    @property
+    def moved(self) -> bool:
+        """Whether it was changed in place, or another one has taken its place."""
+        assert self.tensor is not None
+        return self.module._buffers[self.name] is not self.tensor or self.tensor._version != self._version
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        assert self.tensor is not None
+        if self.tensor.shape != self.value.shape:
+            self.tensor.resize_(self.value.shape)
+        self.tensor.copy_(self.value)
+        self.module._buffers[self.name] = self.tensor
+
+
+def kept_buffers(module: nn.Module, training: bool = False) -> list[KeptBuffer]:
+    """The buffers of a module and of what it holds; with `training` of what is in training mode alone."""
+    return [
+        KeptBuffer(part, name)
+        for part in module.modules()
+        if part.training or not training
+        for name, buffer in part._buffers.items()
+        if buffer is not None and not buffer.is_inference()
+    ]
 
 
 def memory_format(tensor: torch.Tensor, block: nn.Module) -> torch.memory_format:
@@ -190,7 +217,7 @@ class Evaluator:
         self.dtype = state[0].dtype
         self.device = state[0].device
         self.random = False
-        self._changed: list[tuple[torch.Tensor, torch.Tensor]] = []  # buffers that an evaluation changes, with their values before it
+        self._changed: list[KeptBuffer] = []  # buffers that an evaluation changes, as they were before it
         self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
         self._generators: list[torch.Tensor] | None = None
         self.unfollowed = False
@@ -219,20 +246,19 @@ class Evaluator:
         if self._generators is not None:
             if self.random:
                 set_generator_states(self._generators, self.device)
-            set_buffers(self._changed)
+            self._put_back()
             with same_convolutions(self.device):
                 return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
         self._generators = generator_states(self.device)
-        buffers = [b for m in self.block.modules() if m.training for b in m._buffers.values() if b is not None and not b.is_inference()]
-        self._changed = [(buffer, buffer.clone()) for buffer in buffers]
+        buffers = kept_buffers(self.block, training=True)
+        self._changed = buffers  # all of them, for the case that the block raises
         inputs = [t for t in (*state, *tensors) if not t.is_inference()]
-        versions = [t._version for t in (*buffers, *inputs)]
+        versions = [t._version for t in inputs]
         with same_convolutions(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or self.unfollowed):
             out = self.block(z, x, *context, **kwargs)
-        moved = [t._version != version for t, version in zip((*buffers, *inputs), versions, strict=True)]
-        self._changed = [pair for pair, change in zip(self._changed, moved, strict=False) if change]
+        self._changed = [buffer for buffer in buffers if buffer.moved]
         self.random = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
-        if any(moved[len(buffers) :]):
+        if any(t._version != version for t, version in zip(inputs, versions, strict=True)):
             raise ValueError(
                 "the block changes one of its inputs in place, so a second evaluation would meet another map; "
                 "use out-of-place operations on z, x and the context (z + x, not z.add_(x))"
@@ -287,23 +313,28 @@ class Evaluator:
         """Puts generators and buffers back to where they were before the solve, which has failed."""
         if self._generators is not None:
             set_generator_states(self._generators, self.device)
-            set_buffers(self._changed)
+            self._put_back()
+
+    def _put_back(self) -> None:
+        for buffer in self._changed:
+            buffer.put_back()
 
 
 class _Replay:
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator = evaluator
-        self.kept: list[tuple[list[torch.Tensor] | None, list[tuple[torch.Tensor, torch.Tensor]]]] = []
+        self.kept: list[tuple[list[torch.Tensor] | None, list[KeptBuffer]]] = []
 
     def __enter__(self) -> None:
         generators = generator_states(self.evaluator.device) if self.evaluator.random else None
-        self.kept.append((generators, [(buffer, buffer.clone()) for buffer, _ in self.evaluator._changed]))
+        self.kept.append((generators, [KeptBuffer(buffer.module, buffer.name) for buffer in self.evaluator._changed]))
 
     def __exit__(self, *error: Any) -> None:
         generators, buffers = self.kept.pop()
         if generators is not None:
             set_generator_states(generators, self.evaluator.device)
-        set_buffers(buffers)
+        for buffer in buffers:
+            buffer.put_back()
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What a recomputation must find as it was: buffers, generators, parametrised and shared weights; and what it cannot work with."""
 
 import copy
+import itertools
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -110,6 +111,111 @@ def test_a_solve_moves_buffers_on_as_one_call_does(gradient):
         layer(x).z.sum().backward()
         assert layer.block.calls == calls
     assert all(p.grad is not None for p in layer.block.parameters())
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean in a buffer that each call replaces by another tensor, or makes larger at first use, as observers of quantisation do."""
+
+    def __init__(self, resized: bool) -> None:
+        super().__init__()
+        self.linear, self.resized = nn.Linear(4, 4), resized
+        self.register_buffer("mean", torch.zeros(0) if resized else torch.zeros(4))
+
+    def forward(self, z, x):
+        h = torch.tanh(self.linear(z) + x)
+        if self.resized:
+            if not self.mean.numel():
+                self.mean.resize_(4).zero_()
+            self.mean.mul_(0.9).add_(0.1 * h.detach().mean(0))
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        return 0.9 * h + 0.3 * torch.sin(self.mean.clone())
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_buffers_that_are_replaced_or_resized_are_replayed(resized):
+    found = []
+    for gradient in ("backprop", "checkpoint", "reversible"):
+        torch.manual_seed(0)
+        layer = ReversibleFixedPoint(Averaging(resized), max_steps=6, gradient=gradient, drift_policy="raise")
+        x = torch.randn(3, 4, requires_grad=True)
+        for _ in range(2):
+            layer(x).z.square().sum().backward()
+        found.append([x.grad, layer.block.mean, *(parameter.grad for parameter in layer.parameters())])
+    once = Averaging(resized)
+    once.load_state_dict({**layer.block.state_dict(), "mean": once.mean})
+    once(torch.zeros(3, 4), x)
+    assert once.mean.shape == layer.block.mean.shape == (4,)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+class Memory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.norm = nn.LSTM(32, 32, batch_first=True), nn.LayerNorm(32)
+
+    def forward(self, z, x):
+        return self.norm(self.lstm(z)[0] + x)
+
+
+class Biased(nn.Module):
+    """Attention with a learned bias of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.qkv, self.norm = nn.Parameter(torch.randn(1, 4, 7, 7)), nn.Linear(32, 96), nn.LayerNorm(32)
+
+    def forward(self, z, x):
+        q, k, v = (part.view(len(z), 7, 4, 8).transpose(1, 2) for part in self.qkv(z).chunk(3, -1))
+        h = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.to(q.dtype))
+        return self.norm(h.transpose(1, 2).flatten(2) + x)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.TransformerEncoderLayer(32, 2, 32, batch_first=True), nn.LayerNorm(32)
+
+    def forward(self, z, x):
+        return self.norm(self.layer(z) + x)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(32), nn.Linear(32, 32)
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(self.norm(z + x)))
+
+
+class Inner(nn.Module):
+    """A fixed point within the block, whose rows stop one by one: without gradients they leave it, and with them they stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.solve = ReversibleFixedPoint(Normed(), max_steps=30, tol=0.01)
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(self.solve((z + x).flatten(0, 1)).z)).view_as(x)
+
+
+# torch's LSTM does not run under the CPU's autocast
+@pytest.mark.parametrize(("kind", "autocast"), [(Memory, False), *itertools.product([Biased, Encoder, Inner], [False, True])])
+def test_kernels_that_depend_on_whether_there_is_a_graph(kind, autocast):
+    """torch takes others where nothing wants a gradient, and the reversal would then meet another map than the forward pass."""
+    found = []
+    for gradient in ("backprop", "checkpoint", "reversible"):
+        torch.manual_seed(0)
+        layer = ReversibleFixedPoint(kind(), max_steps=12, gradient=gradient, drift_policy="raise").train(kind is not Encoder)
+        x = torch.randn(9, 7, 32, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            z = layer(x).z
+        z.square().sum().backward()
+        assert layer.drift == 0
+        found.append([z, x.grad, *(parameter.grad for parameter in layer.parameters())])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 class Failing(nn.Module):
