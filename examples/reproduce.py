@@ -237,8 +237,8 @@ class Run:
         Raises:
             SystemExit: a command failed, or the folder holds a run with other settings.
         """
-        if self.before and not (self.before.folder / "results.json").exists():
-            self.before.do()
+        if self.before:
+            self.before.do()  # nothing, where it is finished and of these settings
         train, *evaluation = self.commands
         finished = self.folder / "results.json"
         if finished.exists():
@@ -514,6 +514,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--variants: {recipe.name} has no {', '.join(sorted(unknown))}; it has {', '.join(recipe.variants)}")
     chosen = [variant for variant in recipe.variants if variant in (options.variants or recipe.variants)]
     more = given(rest)
+    if own := sorted({"seed", "output_dir"} & more.keys()):
+        raise SystemExit(f"--{', --'.join(own)}: a recipe's runs have seeds and folders of their own; choose with --seeds and --runs")
     runs = []
     if options.search:
         combinations = [dict(zip(recipe.search, values, strict=True)) for values in itertools.product(*recipe.search.values())]

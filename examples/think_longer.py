@@ -19,13 +19,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
 from problems import (
     collate,
@@ -423,6 +424,22 @@ def how_difficult(rows: Dataset, size: int | str) -> list[int]:
     return list(rows["length"]) if "length" in rows.column_names else [int(size)] * len(rows)
 
 
+def check_tests(data: ProblemArguments, problem: Problem) -> None:
+    """Raises ValueError for tests that could not be made, which would else be told after the training."""
+    steps = data.test_steps or problem.test_steps
+    for name, value, good, expected in (
+        ("test_count", data.test_count, data.test_count >= 1, "at least 1"),
+        ("curve_count", data.curve_count, data.curve_count >= 1, "at least 1"),
+        ("test_steps", steps, min(steps) >= 1, "at least 1 each"),
+        ("tol", data.tol, 0 < data.tol < float("inf"), "a finite number above 0"),
+        ("test_damping", data.test_damping, data.test_damping is None or 0 <= data.test_damping < 1, "in [0, 1)"),
+    ):
+        if not good:
+            raise ValueError(f"--{name} must be {expected}, got {value}")
+    for _ in problems_to_test(problem, replace(data, test_count=1)):
+        pass
+
+
 def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: NetworkArguments, device: torch.device) -> Figures:
     """Accuracy at every size and number of steps, then with adaptive steps: how residual and right answers go together."""
     model.eval()
@@ -447,7 +464,7 @@ def test(model: nn.Module, problem: Problem, data: ProblemArguments, options: Ne
             again = examine(model, problem, problem.view(rows.select(left), number), device, max(steps_tested), data.tol)
             again["steps"] += found["steps"][left]
             found["steps"][left] = again["steps"]
-            better = ~(found["residual"][left] <= again["residual"])
+            better = ~(found["residual"][left] <= again["residual"]) & ~np.isnan(again["residual"])
             for name, values in again.items():
                 found[name][left[better]] = values[better]
         settled, right = found["residual"] <= data.tol, found["exact"] == 1
@@ -569,7 +586,7 @@ def main(arguments: list[str] | None = None) -> dict:
     problem = PROBLEMS[data.problem]
     training.per_device_train_batch_size = training.per_device_train_batch_size or problem.batch
     folder = Path(training.output_dir)
-    if training.max_steps > 0:
+    if training.max_steps != 0:
         resume = checkpoint_to_resume(training)
     elif (folder / "results.json").exists():
         raise FileExistsError(f"{folder} holds the results of another run; choose another --output_dir for these tests")
@@ -586,12 +603,13 @@ def main(arguments: list[str] | None = None) -> dict:
         )
     if data.test_file and problem.make is not sudoku:
         raise ValueError(f"--test_file holds Sudoku, got --problem {data.problem}")
-    if data.test_file:
-        sudoku_file(data.test_file, 1, 0)  # what is wrong with it is told before the training
+    if training.max_steps == 0 and not options.model_name_or_path:
+        raise ValueError("--max_steps 0 tests a trained model without training: name it with --model_name_or_path")
+    check_tests(data, problem)
     set_seed(training.seed)
     model: Any = build_network(options, problem)
     results: Figures = {"problem": data.problem, "parameters": sum(p.numel() for p in model.parameters())}
-    if training.max_steps > 0:
+    if training.max_steps != 0:
         train_size = data.train_size or problem.train_size
         rows = problem.make(data.train_count or problem.train_count, train_size, data.problem_seed, "train")
         if problem.make is sudoku:
@@ -620,6 +638,9 @@ def main(arguments: list[str] | None = None) -> dict:
         }
         if not trainer.is_world_process_zero():
             return results
+        model = extract_model_from_parallel(
+            model, keep_fp32_wrapper=False
+        )  # tests have no autocast, in which no residual meets a tol of 1e-3
     tests = test(model, problem, data, options, training.device)
     results |= {**tests, "run": record}
     folder.mkdir(parents=True, exist_ok=True)
@@ -628,7 +649,7 @@ def main(arguments: list[str] | None = None) -> dict:
     if data.problem == "mazes" and isinstance(model, RevDEQForSemanticSegmentation):
         size = (data.test_sizes or problem.test_sizes)[-1]
         longest = max(mazes(8, size, data.problem_seed + 2, "test"), key=lambda row: row["length"])
-        animate(model, longest, (data.test_steps or problem.test_steps)[-1] // 2, folder / "maze.gif")
+        animate(model, longest, max(1, max(data.test_steps or problem.test_steps) // 2), folder / "maze.gif")
     print(f"{results['parameters']:,} parameters, greatest drift {results.get('greatest_drift')}")
     for row in tests["curve"] + tests["adaptive"]:
         shown = {name: value for name, value in row.items() if not isinstance(value, list)}

@@ -8,7 +8,7 @@ from .configuration_revdeq import RevDEQConfig, RevDEQVisionConfig
 from .convergence import ResidualLoss
 from .diagnostics import Diagnosis, LogitLens, diagnose, logit_lens
 from .hub_revdeq import __version__
-from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint, SolveStatistics
+from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint, SolveStatistics, fixed_point_layers
 from .modeling_revdeq import (
     RevDEQForCausalLM,
     RevDEQForQuestionAnswering,
@@ -48,5 +48,6 @@ __all__ = [
     "SolveStatistics",
     "__version__",
     "diagnose",
+    "fixed_point_layers",
     "logit_lens",
 ]

@@ -390,7 +390,7 @@ class _Reversible(torch.autograd.Function):
             with torch.enable_grad():
                 for tensor, gradient in zip((*evaluation.state, *inputs), (*carried, *argument_sums), strict=True):
                     if gradient is not None:
-                        outputs.append(tensor.view_as(tensor))
+                        outputs.append(tensor.view_as(tensor) if tensor.layout == torch.strided else tensor.clone())
                         seeds.append(gradient)
             for part, weight in zip(evaluation.f, weights, strict=True):
                 if part.requires_grad:

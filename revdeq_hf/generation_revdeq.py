@@ -1,8 +1,11 @@
 # Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
 """What `generate` needs beyond transformers' own: caches for the steps of a call, and a model that drafts for itself."""
 
+import contextlib
 import copy
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -16,6 +19,9 @@ from .steps_revdeq import check_steps
 DRAFTING = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic_transient", "assistant_confidence_threshold": 0.0}
 
 OWN_ARGUMENTS = {"max_steps", "tol", "output_solver_stats"}  # of a call, which mean nothing to another model that drafts for this one
+
+
+_LOCK = threading.RLock()
 
 
 class RevDEQGenerationMixin(GenerationMixin):
@@ -51,13 +57,10 @@ class RevDEQGenerationMixin(GenerationMixin):
                 raise ValueError(f"draft_max_steps must be below the steps of a full solve, got {draft_max_steps} and max_steps={steps}")
             kwargs["assistant_early_exit"] = draft_max_steps
             kwargs |= {name: value for name, value in DRAFTING.items() if name not in kwargs and getattr(configured, name) is None}
-        if generation_config is not None:
-            return super().generate(inputs, configured, *args, **kwargs)
-        own, self.generation_config = self.generation_config, configured
-        try:
+        if generation_config is not None or configured is self.generation_config:
+            return super().generate(inputs, None if generation_config is None else configured, *args, **kwargs)
+        with _showing(self, "generation_config", configured):
             return super().generate(inputs, None, *args, **kwargs)
-        finally:
-            self.generation_config = own
 
     def _get_candidate_generator(
         self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, *args, **kwargs
@@ -73,9 +76,7 @@ class RevDEQGenerationMixin(GenerationMixin):
         generation_config = copy.deepcopy(generation_config)
         generation_config.assistant_early_exit = None
         # how long drafts are it asks the assistant's generation config: show it that of this call
-        own = self.generation_config
-        self.generation_config = generation_config
-        try:
+        with _showing(self, "generation_config", generation_config):
             return AssistedCandidateGenerator(
                 input_ids=input_ids,
                 assistant_model=self,
@@ -84,8 +85,6 @@ class RevDEQGenerationMixin(GenerationMixin):
                 inputs_tensor=inputs_tensor,
                 logits_processor=logits_processor,
             )
-        finally:
-            self.generation_config = own
 
     def _get_logits_processor(self, *args, **kwargs):
         """Guidance without the prompt (`guidance_scale`) runs the model by itself: with the steps and tolerance of this call."""
@@ -119,12 +118,23 @@ class RevDEQGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         # generate makes its cache from the config: show it the steps of this call
-        own, steps = self.config, model_kwargs.get("max_steps")
-        self.config = with_steps(own, own.max_steps if steps is None else check_steps(steps))
+        with _LOCK:  # the config is read within it, too, so that no thread takes another's for the model's
+            steps = model_kwargs.get("max_steps")
+            config = with_steps(self.config, self.config.max_steps if steps is None else check_steps(steps))
+            with _showing(self, "config", config):
+                return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+
+@contextlib.contextmanager
+def _showing(model: Any, name: str, value: Any) -> Iterator[None]:
+    """Within it the model's attribute of that name is another one; one thread at a time."""
+    with _LOCK:
+        own = getattr(model, name)
+        setattr(model, name, value)
         try:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            yield
         finally:
-            self.config = own
+            setattr(model, name, own)
 
 
 def without_steps(configured: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:

@@ -67,7 +67,7 @@ def refuse_settings(call: Iterable[str]) -> None:
     if found:
         raise ValueError(
             f"{', '.join(found)}: settings of the model's fixed-point layers, not of a call (max_steps and tol are). They are given when the model is made or "
-            "loaded, from_pretrained(folder, beta=0.5), or set on the layers: for _, layer in fixed_point_layers(model): layer.beta = 0.5"
+            "loaded, from_pretrained(folder, beta=0.5), or set on the layers: for _, layer in revdeq_hf.fixed_point_layers(model): layer.beta = 0.5"
         )
 
 

@@ -96,7 +96,7 @@ def attach_phantom(evaluator: Evaluator, z: State, settings: Approximation) -> S
     for number in range(settings.phantom_steps):
         f = evaluate(state, number)
         state = tuple(torch.lerp(a, b, settings.beta) for a, b in zip(state, f, strict=True))
-    return tuple(with_value(a, b) for a, b in zip(state, z, strict=True))
+    return tuple(with_value(a, b).clone() for a, b in zip(state, z, strict=True))  # what may be changed in place, as with the other modes
 
 
 def attach_implicit(evaluator: Evaluator, z: State, settings: Approximation, certificate: Any) -> State:
@@ -115,7 +115,7 @@ class _Implicit(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.unchanged = Unchanged(evaluator.block.parameters())
         evaluator.tensors = []  # from here on they are the saved ones
-        return tuple(part.view_as(part) for part in tensors[:count])
+        return tuple(part.clone() for part in tensors[:count])  # no views, which torch would not let anybody change in place
 
     @staticmethod
     def backward(ctx, *gradients):

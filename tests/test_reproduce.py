@@ -296,6 +296,11 @@ def test_a_variant_goes_on_from_the_model_of_another(tmp_path, monkeypatch):
     assert "after" not in command
     reproduce.main(places)
     assert len(trained) == 2
+    with pytest.raises(SystemExit, match=r"--output_dir, --seed: a recipe's runs have seeds and folders of their own"):
+        reproduce.main([*places, "--seed", "5", "--output_dir", "/elsewhere"])
+    shutil.rmtree(tmp_path / "runs" / "two" / "long_words-seed3")
+    with pytest.raises(SystemExit, match="short_words-seed3 holds a run of other settings"):
+        reproduce.main([*places, "--variants", "long words", "--results", str(tmp_path / "other"), "--scale", "0.5"])
     # in a clone results are there and models are not
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "results" / "two" / "long_words-seed3.json").unlink()

@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -157,6 +158,40 @@ def test_what_does_not_settle_is_looked_at_from_another_side(think, problem, siz
     assert [row["views"] for row in (once, twice, thrice)] == [1, 2, 3]
 
 
+def test_an_answer_that_is_no_number_replaces_none(think, monkeypatch):
+    found = iter([[0.01, 0.02], [float("nan"), 0.015]])
+
+    def examine(*args):
+        return {"residual": np.array(next(found)), "steps": np.ones(2), "exact": np.ones(2), "labels": np.ones(2)}
+
+    made, options = think.PROBLEMS["mazes"], think.NetworkArguments(hidden_size=8)
+    data = think.ProblemArguments("mazes", test_views=2, tol=1e-3, test_sizes=[5], test_steps=[6], test_count=2, curve_count=1)
+    model = think.build_network(options, made)
+    real, calls = think.examine, []
+
+    def watched(*args):
+        calls.append(args)
+        return real(*args) if len(calls) == 1 else examine()  # the curve's comes first
+
+    monkeypatch.setattr(think, "examine", watched)
+    assert think.test(model, made, data, options, torch.device("cpu"))["adaptive"][0]["residuals"] == [0.01, 0.015]
+
+
+def test_tests_have_the_precision_of_the_weights(think, tmp_path):
+    """Under the training's autocast no residual would meet its tolerance."""
+    trained = think.main(flags(bf16=True, use_cpu=True, output_dir=tmp_path / "a", test_sizes=[20], test_steps=[60]))
+    tested = think.main(flags(max_steps=0, model_name_or_path=tmp_path / "a", output_dir=tmp_path / "b", test_sizes=[20], test_steps=[60]))
+    for row, other in zip(trained["curve"] + trained["adaptive"], tested["curve"] + tested["adaptive"], strict=True):
+        assert {**row, "seconds": 0} == {**other, "seconds": 0}
+
+
+def test_epochs_in_place_of_updates(think, tmp_path):
+    assert (
+        think.main(flags(max_steps=-1, num_train_epochs=2, train_count=40, per_device_train_batch_size=20, output_dir=tmp_path))["updates"]
+        == 4
+    )
+
+
 def test_going_on_trains_as_before_but_for_the_flags(think, tmp_path):
     """Steps, gradient and start states of a trained model stay unless a flag says otherwise; the flags were once ignored where a model was given."""
     problem, few = think.PROBLEMS["mazes"], dict(hidden_size=8)
@@ -295,6 +330,12 @@ def test_labels_that_weigh_more(think, tmp_path):
         (dict(problem="mazes", test_file="puzzles.txt"), "--test_file holds Sudoku, got --problem mazes"),
         (dict(problem="mazes", test_views=9), "got 9 for mazes"),
         (dict(problem="sudoku_tokens", test_views=0), "got 0 for sudoku_tokens"),
+        (dict(problem="mazes"), "odd"),
+        (dict(tol=-1), "--tol must be a finite number above 0, got -1"),
+        (dict(test_steps=[4, 0]), r"--test_steps must be at least 1 each, got \[4, 0\]"),
+        (dict(curve_count=0), "--curve_count must be at least 1, got 0"),
+        (dict(test_damping=2), r"--test_damping must be in \[0, 1\), got 2"),
+        (dict(max_steps=0), "--max_steps 0 tests a trained model without training: name it with --model_name_or_path"),
         (dict(num_restarts=3), "num_restarts=3 from a start state of zero would find the same 3 times"),
     ],
 )
