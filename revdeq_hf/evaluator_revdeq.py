@@ -339,7 +339,7 @@ class _Replay:
 
 @dataclass
 class Evaluation:
-    """An evaluation with its graph: the leaves that stand for the state and the arguments, and `f` of them."""
+    """An evaluation with its graph: aliases of leaves, which stand for the state and the arguments, and `f` of them."""
 
     state: State
     leaves: list[torch.Tensor]
@@ -349,8 +349,14 @@ class Evaluation:
 def evaluate_with_graph(evaluator: Evaluator, state: State, leaves: list[torch.Tensor]) -> Evaluation:
     """The autocast covers the evaluation only: derivatives are computed outside it, as they are everywhere else."""
     with torch.enable_grad(), evaluator.precision():
-        state = tuple(part.detach().requires_grad_() for part in state)
+        state = tuple(_alias(part.detach().requires_grad_()) for part in state)
+        leaves = [_alias(leaf) if leaf.requires_grad else leaf for leaf in leaves]
         return Evaluation(state, leaves, evaluator(state, leaves))
+
+
+def _alias(leaf: torch.Tensor) -> torch.Tensor:
+    """It is no leaf: hooks on the inputs of modules (FlopCounterMode's, for one) cannot follow a leaf within `torch.autograd.grad`."""
+    return leaf.view_as(leaf) if leaf.layout == torch.strided else leaf
 
 
 def as_leaves(tensors: Iterable[torch.Tensor], needed: Iterable[bool]) -> list[torch.Tensor]:
@@ -360,7 +366,7 @@ def as_leaves(tensors: Iterable[torch.Tensor], needed: Iterable[bool]) -> list[t
 
 def refuse_hidden_inputs(outputs: Iterable[torch.Tensor], known: Iterable[torch.Tensor]) -> None:
     """Follows the graph of an evaluation to its leaves; raises RuntimeError where one is not `known` and would silently get no gradient."""
-    numbers = {id(tensor) for tensor in known}
+    numbers = {id(part) for tensor in known for part in (tensor, tensor._base)}  # an alias, and the leaf that it is of
     todo = [part.grad_fn for part in outputs if part.grad_fn is not None]
     seen = set(todo)
     while todo:

@@ -1,5 +1,8 @@
 """Generation: every cache equals no cache, stopping token by token, shared slots, a model that drafts for itself."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import relative_error
@@ -396,3 +399,19 @@ def test_the_slots_of_a_config_are_not_a_setting():
     own = RevDEQConfig(num_block_layers=2, num_attention_heads=4, hidden_size=32)
     own.num_hidden_layers = 40
     assert own.max_steps == 10
+
+
+def test_threads_with_steps_of_their_own_leave_the_configuration_as_it_is():
+    model, before = contractive(max_steps=3), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    settings = dict(max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=None)
+    alone = {steps: model.generate(IDS[:1], max_steps=steps, **settings) for steps in (1, 2, 4, 6)}
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                found = pool.map(lambda steps: (steps, model.generate(IDS[:1], max_steps=steps, **settings)), alone)
+                assert all(torch.equal(ids, alone[steps]) for steps, ids in found)
+    finally:
+        sys.setswitchinterval(before)
+    assert model.config.max_steps == 3
+    assert model.config is model.model.config

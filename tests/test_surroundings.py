@@ -8,7 +8,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+import revdeq_hf
 from revdeq_hf import ReversibleFixedPoint
 
 MODES = ["reversible", "checkpoint", "backprop", "implicit", "phantom"]
@@ -225,3 +227,54 @@ def test_hooks_reach_what_parametrised_weights_are_made_of(wrap):
         found[gradient] = [parameter.grad for parameter in block.parameters()]
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_a_solution_may_be_changed_in_place(gradient):
+    found = []
+    for inplace in (False, True):
+        layer, x = ReversibleFixedPoint(Block(), max_steps=5, gradient=gradient), start().requires_grad_()
+        nn.functional.relu(layer(x).z, inplace=inplace).square().sum().backward()
+        found.append([x.grad, layer.block.linear.weight.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[0][0].abs().sum() > 0
+
+
+class Graph(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, z, x, neighbours):
+        return torch.tanh(torch.sparse.mm(neighbours, self.linear(z)) + x)
+
+
+@pytest.mark.parametrize("gradient", RECOMPUTING)
+def test_a_sparse_context_gets_its_gradient(gradient):
+    found = []
+    for mode in ("backprop", gradient):
+        weights = torch.tensor([0.3, 0.2, 0.4], requires_grad=True)
+        neighbours = torch.sparse_coo_tensor([[0, 1, 2], [1, 2, 0]], weights, (3, 3))
+        layer = ReversibleFixedPoint(Graph(), max_steps=40, gradient=mode)
+        layer(start(), neighbours).z.square().sum().backward()
+        found.append([weights.grad, layer.block.linear.weight.grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if gradient == "implicit" else 0, atol=1e-5 if gradient == "implicit" else 0)
+
+
+def test_operations_can_be_counted_in_a_backward_pass_that_recomputes():
+    counted = {}
+    for gradient in ("checkpoint", "reversible"):
+        layer, x = ReversibleFixedPoint(Block(), max_steps=5, gradient=gradient), start().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            layer(x).z.sum().backward()
+        assert layer.drift == 0
+        counted[gradient] = counter.get_total_flops()
+    for_a_start_of_zero = 2 * 3 * 6 * 6  # one product, which stored graphs leave out
+    assert counted["reversible"] == counted["checkpoint"] + for_a_start_of_zero
+
+
+def test_fixed_point_layers_are_found_by_a_public_name():
+    model = nn.Sequential(nn.Linear(6, 6), ReversibleFixedPoint(Block()))
+    assert revdeq_hf.fixed_point_layers(model) == [("1", model[1])]
