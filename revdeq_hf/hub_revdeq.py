@@ -71,6 +71,16 @@ def refuse_settings(call: Iterable[str]) -> None:
         )
 
 
+def refuse_steps_of_layers(made: Iterable[int], now: Iterable[int]) -> None:
+    """Raises ValueError where a model's fixed-point layers have other steps than they were made with: a model runs, and caches for, its configuration's."""
+    made, now = list(made), list(now)
+    if made != now:
+        raise ValueError(
+            f"max_steps of the model's fixed-point layers was changed from {made} to {now}, and is not what a model runs; give max_steps in the call, or set "
+            "it in the configuration, model.config.max_steps"
+        )
+
+
 _MARK = "# The code files (*.py) of this folder, revdeq_hf "
 
 

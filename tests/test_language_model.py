@@ -318,6 +318,13 @@ def test_tol_of_a_call_is_that_of_a_config():
     assert (asked(IDS, output_solver_stats=True).solver_steps == 30).all()
 
 
+def test_steps_set_in_the_layer_are_refused():
+    model = small()
+    model.model.solve.max_steps = 5
+    with pytest.raises(ValueError, match=r"was changed from \[3\] to \[5\], and is not what a model runs"):
+        model(IDS)
+
+
 @pytest.mark.parametrize("name", ["beta", "gradient", "damping", "steps_sampling", "z0", "measure_mask"])
 def test_settings_of_the_layer_are_refused_in_a_call(name):
     with pytest.raises(ValueError, match=f"{name}: settings of the model's fixed-point layers, not of a call"):

@@ -371,6 +371,13 @@ def test_tol_of_a_call_is_that_of_a_config():
     assert torch.equal(backbones[0](IMAGES).feature_maps[-1], backbones[1](IMAGES, tol=0.05).feature_maps[-1])
 
 
+def test_steps_set_in_a_layer_are_refused():
+    model = small(max_steps=[2, 3])
+    model.model.stages[1].max_steps = 5
+    with pytest.raises(ValueError, match=r"was changed from \[2, 3\] to \[2, 5\]"):
+        model(IMAGES)
+
+
 @pytest.mark.parametrize("name", ["damping", "beta", "gradient"])
 @pytest.mark.parametrize("kind", [RevDEQVisionModel, RevDEQForImageClassification, RevDEQVisionBackbone])
 def test_settings_of_the_layers_are_refused_in_a_call(kind, name):
