@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 State = tuple[torch.Tensor, ...]
 
@@ -186,6 +187,20 @@ class CompiledBlock(nn.Module):
         return types.FunctionType(code, evaluate.__globals__, code.co_name, closure=evaluate.__closure__)
 
 
+class _Draws(TorchDispatchMode):
+    """Within it `found` tells whether an operation of this thread has drawn random numbers."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            names = [argument.name for argument in func._schema.arguments]
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            self.found |= given.get("dropout_p", 0.0 if "dropout_p" in names else 1.0) > 0  # attention has the tag without dropout, too
+        return func(*args, **kwargs)
+
+
 class Evaluator:
     """Calls the block so that the same state gives the same bits, at any later time.
 
@@ -221,6 +236,7 @@ class Evaluator:
         self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
         self._generators: list[torch.Tensor] | None = None
         self.unfollowed = False
+        self._doubted = False  # whether it must still be found out who has drawn random numbers
         kinds = sorted({self.device.type, "cpu"} - {"meta"})
         self.autocast = {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
         self._without_autocast = [kind for kind in kinds if kind not in self.autocast]
@@ -244,6 +260,8 @@ class Evaluator:
         if torch.compiler.is_compiling():  # a trace has no generators, and buffers of its own
             return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
         if self._generators is not None:
+            if self._doubted:
+                self._doubted, self.random = False, self._draws(z, x, context, kwargs)
             if self.random:
                 set_generator_states(self._generators, self.device)
             self._put_back()
@@ -257,7 +275,10 @@ class Evaluator:
         with same_convolutions(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or self.unfollowed):
             out = self.block(z, x, *context, **kwargs)
         self._changed = [buffer for buffer in buffers if buffer.moved]
-        self.random = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
+        moved = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
+        # where nothing trains it may have been another thread, whose numbers must not be drawn twice
+        self._doubted = moved and not (self.compiled or torch.is_grad_enabled() or any(m.training for m in self.block.modules()))
+        self.random = moved and not self._doubted
         if any(t._version != version for t, version in zip(inputs, versions, strict=True)):
             raise ValueError(
                 "the block changes one of its inputs in place, so a second evaluation would meet another map; "
@@ -268,6 +289,13 @@ class Evaluator:
             refuse_hidden_inputs(values, ())
             values = tuple(value.detach() for value in values)
         return self._damped(state, values)
+
+    def _draws(self, z: Any, x: Any, context: Any, kwargs: Any) -> bool:
+        """Whether the block draws random numbers, found out by one more call of it, which draws no others if it does not."""
+        with _Draws() as seen:
+            self._put_back()
+            self.block(z, x, *context, **kwargs)
+        return seen.found
 
     def _damped(self, state: State, values: State) -> State:
         if not self.damping:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -255,6 +256,37 @@ def test_a_block_that_raises_in_the_middle_leaves_everything_as_it_was(gradient,
     assert torch.equal(torch.get_rng_state(), before)
     assert x.grad is None
     assert layer.block.linear.weight.grad is None
+
+
+class Interrupted(nn.Module):
+    """Random numbers are drawn while it runs, in another thread; with `dropout` by itself as well, in evaluation too."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.inner, self.dropout, self.drawn = AttentionBlock(), dropout, []
+
+    def draw(self) -> None:
+        self.drawn.append(torch.rand((), dtype=torch.float64).item())
+
+    def forward(self, z, x):
+        thread = threading.Thread(target=self.draw)
+        thread.start()
+        thread.join()
+        return nn.functional.dropout(self.inner(z, x), self.dropout)
+
+
+def test_a_solve_does_not_take_back_what_other_threads_draw():
+    layer = ReversibleFixedPoint(Interrupted(0.0), max_steps=5).eval()
+    with torch.no_grad():
+        layer(torch.randn(2, 7, 16))
+    assert len(set(layer.block.drawn)) == len(layer.block.drawn) == 11  # ten evaluations, and one that finds out who draws
+
+
+def test_one_mask_of_dropout_in_evaluation_too():
+    layer = ReversibleFixedPoint(Interrupted(0.3), max_steps=40, beta=0.5).eval()
+    with torch.no_grad():
+        solution = layer(torch.randn(2, 7, 16))
+    assert solution.residual.max() < 0.1  # with a mask for each evaluation it would be about 0.5
 
 
 def test_hooks_of_the_block_fire_at_every_evaluation():
