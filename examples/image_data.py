@@ -200,6 +200,8 @@ def is_grey(image: Image.Image) -> bool:
 
 def converted(image: Image.Image, mode: str) -> Image.Image:
     """The image in `mode`, "L" or "RGB", with 8 bits a channel."""
+    if image.mode == "I" and np.asarray(image).max() < 256:
+        raise ValueError("32-bit pixels, none of them above 255, have no known range: save the image with 8 or 16 bits a pixel")
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
@@ -312,9 +314,13 @@ class Pixels:
 
     def normalised(self, array: np.ndarray) -> torch.Tensor:
         """float32 (rows, channels, height, width)."""
-        mean, deviation = (torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std))
-        scaled = torch.from_numpy(array.transpose(0, 3, 1, 2).astype(np.float32, order="C")) * self.processor.rescale_factor
-        return (scaled - mean) / deviation
+        values = torch.from_numpy(array.transpose(0, 3, 1, 2).astype(np.float32, order="C"))
+        if self.processor.do_rescale:
+            values = values * self.processor.rescale_factor
+        if not self.processor.do_normalize:
+            return values
+        mean, deviation = (torch.tensor(given)[:, None, None] for given in (self.processor.image_mean, self.processor.image_std))
+        return (values - mean) / deviation
 
     def statistics(self, rows: datasets.Dataset) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel over up to 2,000 images, of values in [0, 1]."""

@@ -219,7 +219,7 @@ class Run:
         if self.own_data:
             settings = without(settings, (*SOURCES, *OF_THE_SOURCE))
         elif any(name in SOURCES for name in self.more):
-            settings = without(settings, SOURCES)
+            settings = without(settings, (*SOURCES, "text_column", "image_column", "label_column"))
         if not torch.accelerator.is_available():
             settings = without(settings, FOR_ACCELERATORS)
         if self.before:

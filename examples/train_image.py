@@ -72,6 +72,7 @@ from transformers import (
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.checkpoints import checkpoint_to_resume
+from revdeq_hf.loss_revdeq import share_of_batch
 from revdeq_hf.model_card import weight_hashes
 from revdeq_hf.optimizers import muon_adamw
 from revdeq_hf.report import Run, plot_runs
@@ -354,13 +355,26 @@ class ImageTrainer(TimedTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "probabilities" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+            if not isinstance(
+                self.model.config, RevDEQVisionConfig
+            ):  # others' forward passes take the images of an update and pass them over
+                loss = share_of_batch(loss, inputs["labels"], num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", "probabilities")})
         loss = soft_cross_entropy(outputs.logits, inputs["probabilities"], num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the images were counted over all ranks, whose gradients are averaged
             loss = loss * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
         return (loss, outputs) if return_outputs else loss
+
+    def get_eval_dataloader(self, *arguments: Any):
+        """`--dataloader_drop_last` is for training: what is evaluated is all images."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*arguments)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         if self.lr_scheduler is None and self.args.one_cycle:
@@ -478,6 +492,12 @@ def main(arguments: list[str] | None = None) -> dict:
         label_smoothing=training.label_smoothing_factor,
         classes=len(names),
     )
+    drawn = (augmentation.padding, augmentation.flip, augmentation.cutout, augmentation.erasing, augmentation.mixup, augmentation.cutmix)
+    if training.per_device_train_batch_size == 1 and any(drawn):
+        raise ValueError(
+            "--per_device_train_batch_size 1: what an augmentation draws follows from the images of a batch, so that one alone would be changed alike in every "
+            "epoch; take at least 2, or leave the augmentation out (--crop_padding 0 --flip false)"
+        )
     metric = Accuracy()
     trainer = ImageTrainer(
         model=model,

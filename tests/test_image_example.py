@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessorPil
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, TrainerCallback, ViTImageProcessorPil
 
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig, ReversibleFixedPoint
 
@@ -253,8 +253,9 @@ def test_impossible_augmentations_are_refused(augmentation):
             augmentation.Augmentation(**settings)
 
 
-def test_normalised_pixels_are_those_of_the_processor(data):
-    processor = ViTImageProcessorPil(size={"height": 5, "width": 4}, image_mean=[0.1, 0.5, 0.7], image_std=[0.2, 0.3, 0.4])
+@pytest.mark.parametrize("left_out", [{}, {"do_normalize": False}, {"do_rescale": False}], ids=str)
+def test_normalised_pixels_are_those_of_the_processor(data, left_out):
+    processor = ViTImageProcessorPil(size={"height": 5, "width": 4}, image_mean=[0.1, 0.5, 0.7], image_std=[0.2, 0.3, 0.4], **left_out)
     array = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 3), dtype=np.uint8)
     expected = processor(list(array), input_data_format="channels_last", return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(data.Pixels(processor, (5, 4, 3)).normalised(array), expected, rtol=1e-6, atol=1e-6)
@@ -263,9 +264,9 @@ def test_normalised_pixels_are_those_of_the_processor(data):
 # --- soft labels ---
 
 
-def small_trainer(image, tmp_path, **settings):
+def small_trainer(image, tmp_path, model=None, **settings):
     torch.manual_seed(0)
-    model = RevDEQForImageClassification(
+    model = model or RevDEQForImageClassification(
         RevDEQVisionConfig(num_channels=1, hidden_sizes=[16], expansion_ratios=[1], max_steps=2, num_labels=3)
     )
     arguments = image.ImageTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
@@ -311,6 +312,31 @@ def test_accumulated_soft_gradients_are_those_of_the_mean_over_all_images(image,
     (sum(losses) / 8).backward()
     for gradient, parameter in zip(got, trainer.model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_gradients_of_an_explicit_network_are_those_of_the_mean_over_all_images(image, tmp_path):
+    """Its forward pass takes the number of images, so that Trainer divides nothing, and passes it over."""
+    config = ResNetConfig(num_channels=1, embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3)
+    trainer = small_trainer(image, tmp_path, ResNetForImageClassification(config).eval(), gradient_accumulation_steps=2)
+    trainer.model.train = lambda mode=True: trainer.model  # its BatchNorm would tell the micro-batches apart
+    pixels, labels = batch(8, 1, (32, 32)), torch.arange(8) % 3
+    micro = [{"pixel_values": pixels[part], "labels": labels[part]} for part in (slice(0, 3), slice(3, 8))]
+    count = trainer._get_num_items_in_batch(micro, torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = 2
+    for inputs in micro:
+        trainer.training_step(trainer.model, inputs, count)
+    got = [parameter.grad.clone() for parameter in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    F.cross_entropy(trainer.model(pixels).logits, labels).backward()
+    for gradient, parameter in zip(got, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_keeps_the_last_batch(image, tmp_path):
+    trainer = small_trainer(image, tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8, per_device_train_batch_size=8)
+    assert sum(len(part["labels"]) for part in trainer.get_eval_dataloader()) == 12
+    assert sum(len(part["labels"]) for part in trainer.get_train_dataloader()) == 8
+    assert trainer.args.dataloader_drop_last
 
 
 # --- averaged weights, schedules ---
@@ -561,8 +587,9 @@ def test_going_on_from_a_grey_model_with_colour_images_and_the_other_way(image, 
 def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
     deep = Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16))
     assert np.asarray(data.converted(deep, "L")).tolist() == [[0, 1, 255]]
-    with pytest.raises(ValueError, match="no known range"):
-        data.converted(Image.fromarray(np.zeros((2, 2), dtype=np.float32)), "L")
+    for kind in (np.float32, np.int32):
+        with pytest.raises(ValueError, match="no known range"):
+            data.converted(Image.fromarray(np.full((2, 2), 200, dtype=kind)), "L")
 
 
 @pytest.mark.parametrize(
@@ -577,6 +604,7 @@ def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
         (["--train_file", "a.parquet", "--dataset_name", "x"], "one of --dataset_name, --train_dir and --train_file"),
         (["--eval_split", "other"], "no split 'other'"),
         (["--preset", "huge"], "--preset must be one of"),
+        (["--per_device_train_batch_size", "1"], "one alone would be changed alike in every epoch"),
         (["--model_type", "vit"], "--model_type must be one of"),
         (["--model_type", "resnet", "--depths", "1"], "--depths must have one entry per stage"),
         (["--label_column", "name"], "no column 'name'"),

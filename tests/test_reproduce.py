@@ -263,6 +263,12 @@ def test_unknown_fields_are_told(tmp_path, monkeypatch):
         reproduce.load("odd")
 
 
+def test_other_data_have_columns_of_their_own(capsys):
+    for more, named in (([], True), (["--train_dir", "a", "--validation_dir", "b"], False)):
+        reproduce.main(["image_cifar100", "--dry_run", *more])
+        assert ("--label_column fine_label" in capsys.readouterr().out) == named
+
+
 def test_a_variant_goes_on_from_the_model_of_another(tmp_path, monkeypatch):
     """`after`: the other one is trained first where its model is not there, and results that are there stay."""
     recipe = {
