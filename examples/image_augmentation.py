@@ -47,6 +47,11 @@ class Augmentation:
     def softens_labels(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0 or self.label_smoothing > 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is left to chance."""
+        return any((self.padding, self.flip, self.cutout, self.erasing, self.mixup, self.cutmix))
+
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The batch's images, and the probabilities of its classes, or None where the labels (batch,) stay what they are."""
         if self.padding:

@@ -48,7 +48,8 @@ MEASURED_DATA = (
     "max_eval_images",
     "bad_images",
 )
-OF_THE_SOURCE = ("tokenizer_name", "text_column", "image_column", "label_column")  # what makes no sense with other data
+COLUMNS = ("text_column", "image_column", "label_column")
+OF_THE_SOURCE = ("tokenizer_name", *COLUMNS)  # what makes no sense with built-in data
 # left out on a CPU, where half precision is emulated and compiling takes longer than a smoke run
 FOR_ACCELERATORS = ("bf16", "torch_compile", "compile_blocks")
 OF_EXAMPLES = ("residuals", "right", "steps_taken", "difficulty")  # lists of think_longer.py with an entry for each problem
@@ -219,7 +220,7 @@ class Run:
         if self.own_data:
             settings = without(settings, (*SOURCES, *OF_THE_SOURCE))
         elif any(name in SOURCES for name in self.more):
-            settings = without(settings, (*SOURCES, "text_column", "image_column", "label_column"))
+            settings = without(settings, (*SOURCES, *COLUMNS))
         if not torch.accelerator.is_available():
             settings = without(settings, FOR_ACCELERATORS)
         if self.before:
@@ -237,19 +238,13 @@ class Run:
         Raises:
             SystemExit: a command failed, or the folder holds a run with other settings.
         """
-        if self.before:
-            self.before.do()  # nothing, where it is finished and of these settings
+        if self.before and not self.before.trained:
+            self.before.do()
         train, *evaluation = self.commands
-        finished = self.folder / "results.json"
-        if finished.exists():
-            before = json.loads(finished.read_text(encoding="utf-8"))["run"]["command"]
-            if before.removesuffix(" --resume_from_checkpoint true") != shown(train):
-                raise SystemExit(
-                    f"{self.folder} holds a run of other settings; delete it or name another folder with --runs. It was\n  {before}"
-                )
-        elif self.folder.is_dir() and last_whole_checkpoint(self.folder):
+        trained = self.trained
+        if not trained and self.folder.is_dir() and last_whole_checkpoint(self.folder):
             train = [*train, "--resume_from_checkpoint", "true"]
-        for command in ([] if finished.exists() else [train]) + evaluation:
+        for command in ([] if trained else [train]) + evaluation:
             if command is not train and self.diverged:
                 print(f"{self.folder}: the loss is not finite, so nothing is evaluated")
                 break
@@ -259,6 +254,19 @@ class Run:
         if not self.results.exists():
             self.results.parent.mkdir(parents=True, exist_ok=True)
             self.results.write_text(readable(self.record()), encoding="utf-8")
+
+    @property
+    def trained(self) -> bool:
+        """Whether its folder holds its model; SystemExit where it holds one of other settings."""
+        finished = self.folder / "results.json"
+        if not finished.exists():
+            return False
+        before = json.loads(finished.read_text(encoding="utf-8"))["run"]["command"]
+        if before.removesuffix(" --resume_from_checkpoint true") != shown(self.commands[0]):
+            raise SystemExit(
+                f"{self.folder} holds a run of other settings; delete it or name another folder with --runs. It was\n  {before}"
+            )
+        return True
 
     @property
     def diverged(self) -> bool:

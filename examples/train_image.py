@@ -23,12 +23,14 @@ The output folder holds the model, the image processor, `results.json` and figur
 misclassified images) and `fixed_point.png` (the state after each step). An interrupted run goes on with `--resume_from_checkpoint true`.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -369,10 +371,19 @@ class ImageTrainer(TimedTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, *arguments: Any):
-        """`--dataloader_drop_last` is for training: what is evaluated is all images."""
+        with self._all_images():
+            return super().get_eval_dataloader(*arguments)
+
+    def get_test_dataloader(self, *arguments: Any):
+        with self._all_images():
+            return super().get_test_dataloader(*arguments)
+
+    @contextlib.contextmanager
+    def _all_images(self) -> Iterator[None]:
+        """`--dataloader_drop_last` is for training alone."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(*arguments)
+            yield
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -492,8 +503,7 @@ def main(arguments: list[str] | None = None) -> dict:
         label_smoothing=training.label_smoothing_factor,
         classes=len(names),
     )
-    drawn = (augmentation.padding, augmentation.flip, augmentation.cutout, augmentation.erasing, augmentation.mixup, augmentation.cutmix)
-    if training.per_device_train_batch_size == 1 and any(drawn):
+    if training.per_device_train_batch_size == 1 and augmentation.draws:
         raise ValueError(
             "--per_device_train_batch_size 1: what an augmentation draws follows from the images of a batch, so that one alone would be changed alike in every "
             "epoch; take at least 2, or leave the augmentation out (--crop_padding 0 --flip false)"

@@ -104,9 +104,11 @@ class KeptBuffer:
     @torch.no_grad()
     def put_back(self) -> None:
         assert self.tensor is not None
-        if self.tensor.shape != self.value.shape:
-            self.tensor.resize_(self.value.shape)
-        self.tensor.copy_(self.value)
+        if self.tensor._version != self._version:  # not one that was replaced only: a stored graph may need it as it is
+            if self.tensor.shape != self.value.shape:
+                self.tensor.resize_(self.value.shape)
+            self.tensor.copy_(self.value)
+            self._version = self.tensor._version
         self.module._buffers[self.name] = self.tensor
 
 

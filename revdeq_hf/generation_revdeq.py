@@ -20,8 +20,7 @@ DRAFTING = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heurist
 
 OWN_ARGUMENTS = {"max_steps", "tol", "output_solver_stats"}  # of a call, which mean nothing to another model that drafts for this one
 
-
-_LOCK = threading.RLock()
+_LOCK = threading.RLock()  # held while a model shows transformers another config than its own
 
 
 class RevDEQGenerationMixin(GenerationMixin):
@@ -47,9 +46,9 @@ class RevDEQGenerationMixin(GenerationMixin):
             ValueError: `draft_max_steps` is not below the steps of a full solve; or what transformers' `generate` raises.
         """
         configured, found = without_steps(self.generation_config if generation_config is None else generation_config)
-        if draft_max_steps is None:
-            draft_max_steps = found.pop("draft_max_steps", None)
-        kwargs |= {name: value for name, value in found.items() if name != "draft_max_steps" and kwargs.get(name) is None}
+        drafted = found.pop("draft_max_steps", None)
+        draft_max_steps = drafted if draft_max_steps is None else draft_max_steps
+        kwargs |= {name: value for name, value in found.items() if kwargs.get(name) is None}
         if draft_max_steps is not None:
             steps = check_steps(kwargs.get("max_steps") or self.config.max_steps)
             draft_max_steps = check_steps(draft_max_steps, "draft_max_steps")

@@ -335,6 +335,7 @@ def test_accumulated_gradients_of_an_explicit_network_are_those_of_the_mean_over
 def test_evaluation_keeps_the_last_batch(image, tmp_path):
     trainer = small_trainer(image, tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8, per_device_train_batch_size=8)
     assert sum(len(part["labels"]) for part in trainer.get_eval_dataloader()) == 12
+    assert len(trainer.predict(trainer.eval_dataset).label_ids) == 12
     assert sum(len(part["labels"]) for part in trainer.get_train_dataloader()) == 8
     assert trainer.args.dataloader_drop_last
 
