@@ -152,7 +152,8 @@ def _sum_and_gradients(
         losses = lse - (1 - smoothing) * logits.gather(1, targets)
         if smoothing:
             losses = losses - smoothing * logits.mean(dim=1, keepdim=True)
-        total += losses.masked_fill(ignored, 0.0).sum()
+        # not in place: of a result that was written in place a trace by torch.compile loses the gradient in torch 2.11, without a word
+        total = total + losses.masked_fill(ignored, 0.0).sum()
         if not any(wanted):
             continue
         grad = logits.sub_(lse).exp_()  # the softmax, in place
