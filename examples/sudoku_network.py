@@ -111,6 +111,7 @@ class SudokuNetwork(PreTrainedModel):
 
     config: SudokuConfig
     main_input_name = "input_ids"
+    base_model_prefix = "solve"  # the body, whose matrices Muon trains; embedding and classifier are AdamW's
 
     def __init__(self, config: SudokuConfig) -> None:
         super().__init__(config)
