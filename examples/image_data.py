@@ -1,5 +1,6 @@
 """Images and labels for `train_image.py`: what its flags name, decoded once, checked, and made into batches."""
 
+import glob
 import hashlib
 import struct
 import zlib
@@ -93,13 +94,15 @@ def load_splits(data: DataArguments) -> datasets.DatasetDict:
         return datasets.load_dataset(data.dataset_name, data.dataset_config)
     if data.train_dir:
         folders = {"train": data.train_dir, **({"validation": data.validation_dir} if data.validation_dir else {})}
+        classes: dict[str, list[str]] = {}
         for split, folder in folders.items():
             if not Path(folder).is_dir():
                 raise FileNotFoundError(f"--{split}_dir: there is no folder {folder!r}")
-            classes = sorted(path.name for path in Path(folder).iterdir() if path.is_dir())
-            if len(classes) < 2 and not any(Path(folder).glob("metadata.*")):
-                raise ValueError(f"--{split}_dir: {folder!r} must hold a folder of images for each class, at least two, got {classes}")
-        return datasets.load_dataset("imagefolder", data_files={split: f"{folder}/**" for split, folder in folders.items()})
+            classes[split] = [] if any(Path(folder).glob("metadata.*")) else class_folders(Path(folder), f"--{split}_dir")
+        unknown = sorted(set(classes.get("validation", [])) - set(classes["train"]))
+        if unknown and classes["train"]:
+            raise ValueError(f"--validation_dir has folders of classes that --train_dir has none of: {unknown[:5]}")
+        return datasets.load_dataset("imagefolder", data_files={split: f"{glob.escape(folder)}/**" for split, folder in folders.items()})
     if data.train_file:
         files = {"train": data.train_file, **({"validation": data.validation_file} if data.validation_file else {})}
         for split, file in files.items():
@@ -115,6 +118,25 @@ def load_splits(data: DataArguments) -> datasets.DatasetDict:
             for name in ("train", "test")
         }
     )
+
+
+def class_folders(folder: Path, flag: str) -> list[str]:
+    """The classes: names of the folders in a folder of images.
+
+    Raises:
+        ValueError: there are fewer than two, or they hold folders themselves, which would be the classes.
+    """
+
+    def folders(path: Path) -> list[str]:
+        return sorted(inner.name for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+
+    classes = folders(folder)
+    if len(classes) < 2:
+        raise ValueError(f"{flag}: {str(folder)!r} must hold a folder of images for each class, at least two, got {classes}")
+    for name in classes:
+        if inner := folders(folder / name):
+            raise ValueError(f"{flag}: the folder of class {name!r} must hold images alone, it also holds the folders {inner[:5]}")
+    return classes
 
 
 def load_images(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:

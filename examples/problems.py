@@ -366,8 +366,8 @@ def sudoku_file(path: str | Path, count: int, seed: int) -> Dataset:
     Raises:
         ValueError: there is no puzzle, a line is none, or a puzzle drawn has no solution or more than one.
     """
-    lines = enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1)
-    puzzles = [(number, re.split(r"[\s,]", line.strip())[0]) for number, line in lines if line.strip() and not line.startswith("#")]
+    lines = enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1)
+    puzzles = [(number, re.split(r"[\s,]", line.strip())[0]) for number, line in lines if line.strip() and line.strip()[0] != "#"]
     if not puzzles:
         raise ValueError(f"{path} holds no puzzle; expected lines of 81 digits or dots")
     for number, puzzle in puzzles:
@@ -427,12 +427,12 @@ def collate_sudoku(rows: list[dict[str, Any]]) -> Batch:
 
 
 def contradicting(puzzles: Dataset, seed: int) -> Dataset:
-    """The puzzles with one given more, of which none has a solution any more; the labels are those of the puzzles."""
+    """The puzzles with one given more (a full one with one changed), of which none has a solution any more; the labels are those of the puzzles."""
     numbers = random.Random(seed)
     rows = []
     for row in puzzles:
         digits = list(row["digits"])
-        cell = numbers.choice([cell for cell, digit in enumerate(digits) if not digit])
+        cell = numbers.choice([cell for cell, digit in enumerate(digits) if not digit] or range(len(digits)))  # or one given otherwise
         digits[cell] = numbers.choice([digit for digit in range(1, math.isqrt(len(digits)) + 1) if digit != row["labels"][cell] + 1])
         rows.append({"digits": digits, "labels": row["labels"]})
     return Dataset.from_list(rows)

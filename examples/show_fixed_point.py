@@ -31,6 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     folder = Path(options.output or options.model)
     if not folder.is_dir():
         raise FileNotFoundError(f"--output: there is no folder {str(folder)!r} to write the figures to")
+    if getattr(model.config, "max_steps", None) is None:
+        raise ValueError(f"--model: {options.model!r} is a {type(model).__name__}, which has no fixed point to show")
+    if options.steps is not None and options.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {options.steps}")
     ids = tokenizer(options.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if not ids.numel():
         raise ValueError("--prompt must hold at least one token, got none")

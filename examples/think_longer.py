@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from datasets import Dataset
+from flags import given_flags, refuse_idle
 from problems import (
     collate,
     collate_digits,
@@ -57,6 +58,7 @@ from revdeq_hf.optimizers import muon_adamw
 from revdeq_hf.training import RevDEQCallback, greatest_drift, peak_memory, run_record
 
 Figures = dict[str, Any]
+SOLVER = ("beta", "damping", "num_restarts", "gradient", "initial_scale", "path_noise")  # flags that a layer takes as they are
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,29 @@ class Stack(nn.Module):
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
+def refuse_idle_flags(given: set[str], options: NetworkArguments, data: ProblemArguments, trains: bool = True) -> None:
+    """A ValueError for flags that would have no effect on the network and the problem that the others name."""
+    problem = PROBLEMS[data.problem]
+    if options.model_name_or_path:
+        refuse_idle(given, ("hidden_size", "depth", "block_type"), f"{options.model_name_or_path!r} has a network already")
+    if options.network == "stack":
+        refuse_idle(given, (*SOLVER, "train_steps", "block_type", "residual_weight"), "a stack has no fixed point")
+    else:
+        refuse_idle(given, ["depth"], "it is that of --network stack")
+    if problem.model is not RevDEQForSemanticSegmentation:
+        refuse_idle(given, ["block_type"], f"the network of {data.problem} has a block of its own")
+    if problem.make is not sudoku:
+        refuse_idle(given, ["train_guises"], f"--problem {data.problem} is no Sudoku")
+    if not trains:
+        refuse_idle(
+            given,
+            ("train_size", "train_count", "train_guises", "tiles", "label_weights", "residual_weight"),
+            "--max_steps 0 trains nothing",
+        )
+    if data.test_file:
+        refuse_idle(given, ["test_sizes"], "the tests are those of --test_file")
+
+
 def build_stack(options: NetworkArguments, problem: Problem, layer: dict[str, int]) -> nn.Module:
     if options.model_name_or_path:
         if not problem.tokens:
@@ -313,8 +338,7 @@ def build_network(options: NetworkArguments, problem: Problem) -> nn.Module:
     layer = dict(hidden_size=options.hidden_size, intermediate_size=2 * options.hidden_size, num_attention_heads=4)
     if options.network == "stack":
         return build_stack(options, problem, layer)
-    names = ("beta", "damping", "num_restarts", "gradient", "initial_scale", "path_noise")
-    given: dict[str, Any] = {name: value for name in names if (value := getattr(options, name)) is not None}
+    given: dict[str, Any] = {name: value for name in SOLVER if (value := getattr(options, name)) is not None}
     steps = options.train_steps or (None if options.model_name_or_path else problem.train_steps)
     if steps:
         least, most = steps[0], steps[-1]
@@ -605,6 +629,7 @@ def main(arguments: list[str] | None = None) -> dict:
         raise ValueError(f"--test_file holds Sudoku, got --problem {data.problem}")
     if training.max_steps == 0 and not options.model_name_or_path:
         raise ValueError("--max_steps 0 tests a trained model without training: name it with --model_name_or_path")
+    refuse_idle_flags(given_flags(parser, arguments), options, data, trains=training.max_steps != 0)
     check_tests(data, problem)
     set_seed(training.seed)
     model: Any = build_network(options, problem)
@@ -632,7 +657,7 @@ def main(arguments: list[str] | None = None) -> dict:
             "train_size": train_size,
             "updates": trainer.state.global_step,
             "train_loss": [trained.training_loss, *(entry["loss"] for entry in history if "loss" in entry)][-1],
-            "train_seconds": trained.metrics["train_runtime"],
+            "train_seconds": trained.metrics["train_seconds"],
             "greatest_drift": greatest_drift(history),
             "peak_memory_bytes": peak_memory(),
         }

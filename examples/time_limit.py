@@ -1,14 +1,11 @@
 """Training for so many minutes, with a learning rate that has come to its end by then: `--max_minutes` of the scripts."""
 
-import time
-
 import torch
 from accelerate.utils import broadcast
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
-from revdeq_hf.checkpoints import ResumableTrainer
+from revdeq_hf.checkpoints import ResumableTrainer, TrainingClock
 
 MAX_MINUTES = (
     "Stop training after so many minutes, evaluations and checkpoints on the way included. The learning rate follows the share "
@@ -21,31 +18,22 @@ def check_minutes(minutes: float | None) -> None:
         raise ValueError(f"--max_minutes must be positive, got {minutes}")
 
 
-class TimeLimit(TrainerCallback, ExportableState):
+class TimeLimit(TrainerCallback):
     """Stops training after some minutes, those before an interruption included; rank 0's clock counts."""
 
-    def __init__(self, minutes: float) -> None:
-        self.minutes, self.seconds = minutes, 0.0
+    def __init__(self, minutes: float, clock: TrainingClock) -> None:
+        self.minutes, self.clock, self.seconds = minutes, clock, 0.0
 
     @property
     def share(self) -> float:
         return self.seconds / (60 * self.minutes)
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        # a checkpoint written without a limit knows of none
-        self.seconds = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]["seconds"]
-        self.began = time.perf_counter() - self.seconds
-
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:  # before the scheduler's step
-        clock = torch.tensor(time.perf_counter() - self.began, device=args.device)
-        self.seconds = float(broadcast(clock))
+        self.seconds = float(broadcast(torch.tensor(self.clock.seconds, device=args.device)))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.share >= 1:
             control.should_training_stop = True
-
-    def state(self) -> dict:
-        return {"args": {"minutes": self.minutes}, "attributes": {"seconds": self.seconds}}
 
 
 class TimedTrainer(ResumableTrainer):
@@ -53,7 +41,7 @@ class TimedTrainer(ResumableTrainer):
 
     def __init__(self, *arguments, **kwargs) -> None:
         super().__init__(*arguments, **kwargs)
-        self.limit = None if self.args.max_minutes is None else TimeLimit(self.args.max_minutes)
+        self.limit = None if self.args.max_minutes is None else TimeLimit(self.args.max_minutes, self.clock)
         if self.limit is not None:
             self.add_callback(self.limit)
 

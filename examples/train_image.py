@@ -40,6 +40,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from flags import given_flags, refuse_idle
 from image_augmentation import Augmentation, soft_cross_entropy
 from image_data import (
     KEPT_BYTES,
@@ -90,13 +91,20 @@ from revdeq_hf.training import (
 
 PRESETS = ("small", "paper_cifar10_multiscale", "paper_cifar10_singlescale")
 MODEL_TYPES = ("revdeq", "resnet")
+NEW = ("model_type", "hidden_sizes")
+OF_REVDEQ = ("preset", "expansion_ratios", "block_type", "stem_stride", "downsample")
+OF_RESNET = ("depths", "layer_type", "embedding_size", "downsample_in_first_stage")
+SOLVER = ("beta", "solver_steps", "tol", "gradient", "keep_evaluations")
 AVERAGED_WEIGHTS = "averaged.safetensors"
 
 
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A saved model to go on from; its head is replaced if there are more or fewer labels."}
+        default=None,
+        metadata={
+            "help": "A saved model to go on from; its head is replaced if there are more or fewer labels, and of its network only the solver can be set anew."
+        },
     )
     model_type: str = field(default="revdeq", metadata={"help": "revdeq, or resnet: transformers' explicit network, to compare with."})
     preset: str = field(default="small", metadata={"help": f"Network of a new model: {', '.join(PRESETS)}."})
@@ -110,14 +118,24 @@ class ModelArguments:
         default=None,
         metadata={"help": "How the resolution falls, instead of the preset's way: residual, or max_pool, which learns faster."},
     )
-    beta: float = field(default=0.8, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1."})
+    beta: float | None = field(
+        default=None, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1. Default: 0.8, or the saved model's."}
+    )
     solver_steps: int | None = field(
         default=None,
-        metadata={"help": "Steps of each solve, two evaluations of the block each (config.max_steps); default: the preset's, 4 or 2."},
+        metadata={
+            "help": "Steps of each solve, two evaluations of the block each (config.max_steps). Default: the preset's, 4 or 2, or the saved model's."
+        },
     )
-    tol: float | None = field(default=None, metadata={"help": "Relative residual at which an example stops; always all steps by default."})
-    gradient: str = field(default="reversible", metadata={"help": "Gradient mode: reversible, checkpoint or backprop."})
-    keep_evaluations: int = field(default=1, metadata={"help": "Evaluations whose graphs are kept for the backward pass."})
+    tol: float | None = field(
+        default=None, metadata={"help": "Relative residual at which an example stops. Default: always all steps, or the saved model's."}
+    )
+    gradient: str | None = field(
+        default=None, metadata={"help": "Gradient mode: reversible, checkpoint or backprop. Default: reversible, or the saved model's."}
+    )
+    keep_evaluations: int | None = field(
+        default=None, metadata={"help": "Evaluations whose graphs are kept for the backward pass. Default: 1, or the saved model's."}
+    )
     compile_blocks: bool = field(
         default=False, metadata={"help": "Compile each stage's block by itself, in a fraction of the time that --torch_compile takes."}
     )
@@ -209,6 +227,18 @@ def build_processor(options: ModelArguments, data: DataArguments, images: list[I
     return ViTImageProcessorPil(size=size or {"height": first.height, "width": first.width}), "L" if grey else "RGB"
 
 
+def refuse_idle_flags(given: set[str], options: ModelArguments, data: DataArguments) -> None:
+    """A ValueError for flags that would have no effect on the model that the others name."""
+    kind = options.model_type
+    if options.model_name_or_path:
+        refuse_idle(given, (*NEW, *OF_REVDEQ, *OF_RESNET), f"{options.model_name_or_path!r} has a network already")
+        kind = AutoConfig.from_pretrained(options.model_name_or_path).model_type
+    if kind in ("revdeq", RevDEQVisionConfig.model_type):
+        refuse_idle(given, OF_RESNET, "they are a resnet's")
+    else:
+        refuse_idle(given, (*OF_REVDEQ, *SOLVER), f"a model of type {kind!r} has no fixed point")
+
+
 def build_model(options: ModelArguments, names: list[str], shape: tuple[int, int, int]) -> torch.nn.Module:
     """A new or saved classifier of images (height, width, channels).
 
@@ -220,8 +250,18 @@ def build_model(options: ModelArguments, names: list[str], shape: tuple[int, int
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {options.preset!r}")
     if options.model_type not in MODEL_TYPES:
         raise ValueError(f"--model_type must be one of {', '.join(MODEL_TYPES)}, got {options.model_type!r}")
+    given = {
+        "beta": options.beta,
+        "max_steps": options.solver_steps,
+        "tol": options.tol,
+        "gradient": options.gradient,
+        "keep_evaluations": options.keep_evaluations,
+    }
+    solver = {name: value for name, value in given.items() if value is not None}
     if options.model_name_or_path:
-        model = AutoModelForImageClassification.from_pretrained(options.model_name_or_path, ignore_mismatched_sizes=True, **labels)
+        model = AutoModelForImageClassification.from_pretrained(
+            options.model_name_or_path, ignore_mismatched_sizes=True, **labels, **solver
+        )
         if model.config.model_type == RevDEQVisionConfig.model_type:
             model.config.image_size = shape[0]
     elif options.model_type == "resnet":
@@ -252,17 +292,13 @@ def build_model(options: ModelArguments, names: list[str], shape: tuple[int, int
             expansion_ratios=options.expansion_ratios,
             block_type=options.block_type,
             downsample=options.downsample,
-            max_steps=options.solver_steps,
         )
         config = create(
             image_size=shape[0],
             num_channels=shape[-1],
-            beta=options.beta,
-            tol=options.tol,
-            gradient=options.gradient,
             stem_stride=options.stem_stride,
-            keep_evaluations=options.keep_evaluations,
-            **{**settings, **{name: value for name, value in own.items() if value is not None}, "num_labels": len(names), **labels},
+            **{"beta": 0.8, **solver, **settings, **{name: value for name, value in own.items() if value is not None}},
+            **{"num_labels": len(names), **labels},
         )
         model = RevDEQForImageClassification(config)
     least = 2 ** (len(getattr(model.config, "hidden_sizes", [0])) - 1) * getattr(model.config, "stem_stride", 1)
@@ -367,7 +403,7 @@ class ImageTrainer(TimedTrainer):
         loss = soft_cross_entropy(outputs.logits, inputs["probabilities"], num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the images were counted over all ranks, whose gradients are averaged
-            loss = loss * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
+            loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, *arguments: Any):
@@ -458,6 +494,7 @@ def main(arguments: list[str] | None = None) -> dict:
         (ModelArguments, DataArguments, ImageTrainingArguments), description=__doc__.split("\n\n")[0] if __doc__ else None
     )
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
+    refuse_idle_flags(given_flags(parser, arguments), options, data)
     command = f"python examples/train_image.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     record = run_record(command, training.device)  # now: the files may be of another commit at the end
     if data.bad_images not in ("refuse", "skip"):
@@ -548,7 +585,7 @@ def main(arguments: list[str] | None = None) -> dict:
         **found,
         "stages": stage_figures(model, predicted.predictions),
         "greatest_drift": greatest_drift(trainer.state.log_history),
-        "train_seconds": trained.metrics["train_runtime"],
+        "train_seconds": trained.metrics["train_seconds"],
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(),
         "run": record,

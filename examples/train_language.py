@@ -34,6 +34,7 @@ from typing import Any
 
 import datasets
 import torch
+from flags import given_flags, refuse_idle
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -75,13 +76,20 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # what datasets unpacks
 FILE_KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"} | dict.fromkeys(
     (".tsv", ".zip", ".tar", ".tgz", ".arrow", ".feather", ".orc", ".xls", ".xlsx", ".pdf", ".doc", ".docx"), "unknown"
 )
+SOLVER = ("beta", "solver_steps", "tol", "gradient", "steps_sampling", "kv_cache", "keep_evaluations", "dropout")
+BLOCK = ("block_type", "num_block_layers", "num_prelude_layers", "num_coda_layers")
+NEW = ("model_type", "pad_vocab_to_multiple_of", "tie_word_embeddings")
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 STREAM_ROWS = 10_000  # rows of a stream from which a tokenizer is trained and tokens are counted
 STREAM_VALIDATION_ROWS = 1_000  # rows to validate on where a stream has no such split
 
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model to go on from, instead of a new one."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A saved model to go on from, instead of a new one; of its network only the solver can be set anew."},
+    )
     model_type: str = field(
         default="revdeq", metadata={"help": "revdeq, or an explicit model to compare with, e.g. llama (transformers' names)."}
     )
@@ -99,17 +107,36 @@ class ModelArguments:
     pad_vocab_to_multiple_of: int = field(
         default=1, metadata={"help": "Round the vocabulary of a new model up to a multiple of this; 64 suits accelerators."}
     )
-    beta: float = field(default=0.8, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1."})
-    solver_steps: int = field(default=2, metadata={"help": "Steps of a solve, two evaluations of the block each (config.max_steps)."})
-    tol: float | None = field(default=None, metadata={"help": "Relative residual at which an example stops; always all steps by default."})
-    gradient: str = field(default="reversible", metadata={"help": "Gradient mode: reversible, checkpoint, backprop, implicit or phantom."})
+    beta: float | None = field(
+        default=None, metadata={"help": "Relaxation of the iteration, in (0, 2), not 1. Default: 0.8, or the saved model's."}
+    )
+    solver_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps of a solve, two evaluations of the block each (config.max_steps). Default: 2, or the saved model's."},
+    )
+    tol: float | None = field(
+        default=None, metadata={"help": "Relative residual at which an example stops. Default: always all steps, or the saved model's."}
+    )
+    gradient: str | None = field(
+        default=None,
+        metadata={
+            "help": "Gradient mode: reversible, checkpoint, backprop, implicit or phantom. Default: reversible, or the saved model's."
+        },
+    )
     steps_sampling: str | None = field(
         default=None,
-        metadata={"help": 'Steps drawn for each batch, as JSON: \'{"distribution": "uniform", "min_steps": 2, "max_steps": 8}\'.'},
+        metadata={
+            "help": 'Steps drawn for each batch, as JSON: \'{"distribution": "uniform", "min_steps": 2, "max_steps": 8}\', or null. '
+            "Default: always all, or as of the saved model."
+        },
     )
-    kv_cache: str = field(default="per_evaluation", metadata={"help": "Cache of generation: per_evaluation or shared."})
-    keep_evaluations: int = field(default=1, metadata={"help": "Evaluations whose graphs are kept for the backward pass."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout inside the block."})
+    kv_cache: str | None = field(
+        default=None, metadata={"help": "Cache of generation: per_evaluation or shared. Default: per_evaluation, or the saved model's."}
+    )
+    keep_evaluations: int | None = field(
+        default=None, metadata={"help": "Evaluations whose graphs are kept for the backward pass. Default: 1, or the saved model's."}
+    )
+    dropout: float | None = field(default=None, metadata={"help": "Dropout inside the block. Default: 0, or the saved model's."})
     tie_word_embeddings: bool = field(default=False, metadata={"help": "Share the embedding's weights with the head."})
 
 
@@ -448,9 +475,39 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, column: str, separate: bool) ->
     return ids
 
 
-def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.nn.Module:
+def solver_settings(options: ModelArguments) -> dict[str, Any]:
+    """What the flags say of a fixed-point model's solver and block, by the names of its configuration."""
+    given = {
+        "beta": options.beta,
+        "max_steps": options.solver_steps,
+        "tol": options.tol,
+        "gradient": options.gradient,
+        "kv_cache": options.kv_cache,
+        "keep_evaluations": options.keep_evaluations,
+        "attention_dropout": options.dropout,
+        "hidden_dropout": options.dropout,
+    }
+    sampling = {} if options.steps_sampling is None else {"steps_sampling": parsed(options.steps_sampling, "--steps_sampling")}
+    return {name: value for name, value in given.items() if value is not None} | sampling
+
+
+def refuse_idle_flags(given: set[str], options: ModelArguments, data: DataArguments) -> None:
+    """A ValueError for flags that would have no effect on the model or the tokenizer that the others name."""
+    if data.tokenizer_name or options.model_name_or_path:
+        refuse_idle(given, ["vocab_size"], "the tokenizer is a saved one")
     if options.model_name_or_path:
-        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path)
+        refuse_idle(given, (*NEW, *WIDTHS, *BLOCK), f"{options.model_name_or_path!r} has a network already")
+    kind = AutoConfig.from_pretrained(options.model_name_or_path).model_type if options.model_name_or_path else options.model_type
+    if kind != "revdeq":
+        refuse_idle(given, (*SOLVER, *BLOCK), f"a model of type {kind!r} has no fixed point")
+    elif not options.model_name_or_path:
+        refuse_idle(given, ["num_hidden_layers"], "the layers of a revdeq follow from --num_block_layers and --solver_steps")
+
+
+def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.nn.Module:
+    solver = solver_settings(options)
+    if options.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(options.model_name_or_path, **solver)
         known = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > known:
             raise ValueError(
@@ -483,15 +540,7 @@ def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, blo
         num_coda_layers=options.num_coda_layers,
         hidden_act="silu" if options.block_type == "modern" else "gelu_pytorch_tanh",
         block_type=options.block_type,
-        beta=options.beta,
-        max_steps=options.solver_steps,
-        tol=options.tol,
-        gradient=options.gradient,
-        keep_evaluations=options.keep_evaluations,
-        attention_dropout=options.dropout,
-        hidden_dropout=options.dropout,
-        steps_sampling=None if options.steps_sampling is None else parsed(options.steps_sampling, "--steps_sampling"),
-        kv_cache=options.kv_cache,
+        **{"beta": 0.8, "max_steps": 2, **solver},
     )
     return RevDEQForCausalLM(config)
 
@@ -528,6 +577,7 @@ def main(arguments: list[str] | None = None) -> dict:
         (ModelArguments, DataArguments, LanguageTrainingArguments), description=__doc__.split("\n\n")[0] if __doc__ else None
     )
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
+    refuse_idle_flags(given_flags(parser, arguments), options, data)
     command = f"python examples/train_language.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     record = run_record(command, training.device)  # now: the files may be of another commit at the end
     if data.block_size < 2:
@@ -602,7 +652,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "test": {key.removeprefix("test_"): value for key, value in test.items()},
         "test_unigram": unigram,
         "greatest_drift": greatest_drift(history),
-        "train_seconds": trained.metrics["train_runtime"],
+        "train_seconds": trained.metrics["train_seconds"],
         "seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak_memory(),
         "run": record,

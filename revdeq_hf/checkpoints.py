@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .flops import training_flops
@@ -154,8 +156,35 @@ def check_same_model(config: Any, checkpoint: str | os.PathLike) -> None:
         )
 
 
+class TrainingClock(TrainerCallback, ExportableState):
+    """How long a training has taken, in seconds; what it took before an interruption comes from the checkpoint."""
+
+    def __init__(self) -> None:
+        self.earlier = 0.0
+        self.began: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """So far, each process by its own clock; 0 before and after the training."""
+        return 0.0 if self.began is None else self.earlier + time.perf_counter() - self.began
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        # a checkpoint that was written without a clock knows of none
+        self.earlier = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]["seconds"]
+        self.began = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.began = None
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+
 class ResumableTrainer(Trainer):
-    """Trainer that goes on from whole checkpoints of the same model, tells what to do where one cannot be written, and pushes what `publish` sends."""
+    """Trainer that goes on from whole checkpoints of the same model, tells what to do where one cannot be written, and pushes what `publish` sends.
+
+    Beside `train_runtime`, which is that of this call of `train`, metrics and log have `train_seconds`, those of the whole training, interrupted or not.
+    """
 
     hub_model_id: str | None
 
@@ -171,8 +200,20 @@ class ResumableTrainer(Trainer):
                 f"{started} processes were started, but each would train by itself into {self.args.output_dir!r} (world size {self.args.world_size}); on "
                 "CPUs add --use_cpu true"
             )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} accelerators, of which Trainer would make an nn.DataParallel, whose copies of the weights get no exact "
+                f"gradient: start one process for each (torchrun --nproc_per_node {self.args.n_gpu} SCRIPT ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
+            )
+        self.clock = TrainingClock()
+        self.add_callback(self.clock)
         if self.args.push_to_hub:
             self.add_callback(BundleCallback())
+
+    def log(self, logs: dict[str, float], *arguments: Any, **kwargs: Any) -> None:
+        if "train_runtime" in logs:
+            logs["train_seconds"] = round(logs["train_runtime"] + self.clock.earlier, 4)
+        super().log(logs, *arguments, **kwargs)
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any):
         """transformers' `train`; True goes on from the newest whole checkpoint of the output folder.

@@ -3,7 +3,8 @@ model would say after each step of its solve."""
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +104,7 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
     large, so theorem 3.1 gives no convergence there.
 
     Cost: the call itself, and for each layer a solve with its backward pass (8N evaluations), one evaluation and `power_iterations`
-    products of 2. `.grad` fields, generators and buffers stay as they are.
+    products of 2. `.grad` fields, generators and buffers stay as they are. Under FSDP2 all ranks call it, and the weights are whole on each meanwhile.
 
     Raises:
         ValueError: no fixed-point layer ran.
@@ -142,7 +143,7 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
             handle.remove()
         if not calls:
             raise ValueError(f"no ReversibleFixedPoint ran in the call of {type(module).__name__}: there is nothing to diagnose")
-        found = {name: _diagnose_layer(layer, given, named, power_iterations) for name, (layer, given, named) in calls.items()}
+        found = {name: _diagnose_layer(module, layer, given, named, power_iterations) for name, (layer, given, named) in calls.items()}
     finally:
         for handle in handles:
             handle.remove()
@@ -171,7 +172,24 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
     return found[""] if isinstance(module, ReversibleFixedPoint) else found
 
 
-def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, power_iterations: int) -> Diagnosis:
+@contextmanager
+def _whole_weights(module: nn.Module) -> Iterator[None]:
+    """Within it no weight of the module is in shards, as blocks that are evaluated outside of their solve want it; FSDP2 does that for calls alone."""
+    sharded: list[Any] = []
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule  # costs too much to import where nothing is sharded
+
+        sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.reshard()
+
+
+def _diagnose_layer(module: nn.Module, layer: ReversibleFixedPoint, given: tuple, named: dict, power_iterations: int) -> Diagnosis:
     (x, *context), named = tree_map_only(torch.Tensor, torch.Tensor.detach, (given, named))
     x = tree_map_only(torch.Tensor, torch.Tensor.requires_grad_, x)
     settings = {name: named.pop(name) for name in SOLVER_ARGUMENTS if name in named}
@@ -190,11 +208,12 @@ def _diagnose_layer(layer: ReversibleFixedPoint, given: tuple, named: dict, powe
     set_generator_states(generators, device)  # the map of the solve: its dropout mask, its buffers
     for buffer in buffers:
         buffer.put_back()
-    evaluator = Evaluator(layer.block, (x, tuple(context), named), is_tuple, z, layer.damping)
-    evaluation = evaluate_with_graph(evaluator, z, [tensor.detach() for tensor in evaluator.tensors])
-    radius = _spectral_radius(evaluation.state, evaluation.f, power_iterations)
-    with torch.no_grad(), evaluator.precision():
-        twice = evaluator(tuple(part.detach() for part in evaluation.f), evaluator.tensors)
+    with _whole_weights(module):
+        evaluator = Evaluator(layer.block, (x, tuple(context), named), is_tuple, z, layer.damping)
+        evaluation = evaluate_with_graph(evaluator, z, [tensor.detach() for tensor in evaluator.tensors])
+        radius = _spectral_radius(evaluation.state, evaluation.f, power_iterations)
+        with torch.no_grad(), evaluator.precision():
+            twice = evaluator(tuple(part.detach() for part in evaluation.f), evaluator.tensors)
     away, back = (residual_of(part, z, layer.row_dims) for part in (evaluation.f, twice))
     assert solution.step_residuals is not None
     return Diagnosis(
@@ -299,7 +318,8 @@ class LogitLens:
             for step in range(steps):
                 for position in range(length):
                     word = tokenizer.decode([int(self.tokens[step, row, position, 0])])
-                    upper.text(position, step + 1, word.strip() or repr(word), ha="center", va="center", fontsize=6, clip_on=True)
+                    shown = word.strip() if word.strip() and word.isprintable() else repr(word)[1:-1]
+                    upper.text(position, step + 1, shown, ha="center", va="center", fontsize=6, clip_on=True)
         figure.savefig(path, dpi=130)
 
 
@@ -308,14 +328,22 @@ def logit_lens(model: Any, input_ids: torch.Tensor, top_k: int = 5, max_steps: i
     """What a causal language model of this package would predict after each step of its solve.
 
     Args:
-        model: a `RevDEQForCausalLM`.
+        model: a `RevDEQForCausalLM`, also one with adapters of PEFT.
         input_ids: (batch, seq).
         top_k: tokens to keep for each step and position.
         max_steps: steps of the solve, instead of the config's.
         kwargs: further arguments of `RevDEQModel.forward`, such as `attention_mask`.
 
     Cost: one solve, the coda and the head once per step; logits of two steps at a time.
+
+    Raises:
+        ValueError: the model is another one, or `top_k` does not lie in 1 to the size of the vocabulary.
     """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # with adapters
+    if getattr(model.config, "model_type", None) != "revdeq" or not hasattr(model, "lm_head"):
+        raise ValueError(f"logit_lens looks at the solve of a RevDEQForCausalLM, got {type(model).__name__}")
+    if not 1 <= top_k <= model.config.vocab_size:
+        raise ValueError(f"top_k must lie in 1 to {model.config.vocab_size}, the size of the vocabulary, got {top_k}")
     out = model.model(input_ids, max_steps=max_steps, output_trajectory=True, **kwargs)
     predict = lambda states: torch.log_softmax(model.lm_head(states).float(), dim=-1)  # noqa: E731
     last = predict(out.trajectory[-1])

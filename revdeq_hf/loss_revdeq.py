@@ -49,7 +49,7 @@ def linear_cross_entropy(
     are needed, in float32, instead of tokens x vocab_size logits; at the peak a chunk's logits twice in addition.
 
     Raises:
-        ValueError: shapes or label_smoothing do not fit.
+        ValueError: shapes, label_smoothing or chunk_rows do not fit.
         IndexError, RuntimeError: a label is outside the vocabulary (from torch).
         RuntimeError: in the backward pass, if a second derivative is asked for.
     """
@@ -59,6 +59,8 @@ def linear_cross_entropy(
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     hidden_states, labels = hidden_states.flatten(0, -2), labels.flatten().to(hidden_states.device)
     if chunk_rows is None:
         chunk_rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))

@@ -361,7 +361,8 @@ def _training(folder: Path, hashes: dict[str, str] | None) -> tuple[dict[str, An
             f"results.json in {str(folder)!r} is of a training that gave other weights than the folder holds, {record['weights']} instead of {hashes}; move it "
             "and trainer_state.json away, or put the weights of that training back"
         )
-    seconds = next((entry["train_runtime"] for entry in reversed(run.history) if "train_runtime" in entry), None)
+    ends = (entry for entry in reversed(run.history) if "train_runtime" in entry)
+    seconds = next((entry.get("train_seconds", entry["train_runtime"]) for entry in ends), None)  # without the former: of another trainer
     rates = run.values("learning_rate")
     found = {
         "command": f"`{record['command']}`" if record else None,

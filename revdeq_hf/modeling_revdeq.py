@@ -728,6 +728,8 @@ for auto_class, names, model_class in (
 ):
     auto_class.register(RevDEQConfig, model_class, exist_ok=True)
     names.setdefault("revdeq", model_class.__name__)
+# Trainer shifts smoothed labels where this table has the name of the class, which is another one under FSDP2: unshifted, a model would learn to copy
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("revdeq_fsdp2", f"FSDP{RevDEQForCausalLM.__name__}")
 
 __all__ = [
     "RevDEQForCausalLM",

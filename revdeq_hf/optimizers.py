@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight transposed
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -45,7 +46,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
     ) -> None:
         body = getattr(model, "base_model", model)
-        layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        layers = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         of_layers = (module for module in body.modules() if isinstance(module, layers) and getattr(module, "groups", 1) == 1)
         # a parametrised weight is computed from others, which are AdamW's
         self._matrices = {module.weight: None for module in of_layers if isinstance(module.weight, nn.Parameter)}
@@ -60,9 +61,10 @@ class MuonAdamW(torch.optim.Optimizer):
         shapes = [weight.detach().flatten(1) for weight in matrices]
         self.muon = torch.optim.Muon(shapes, lr=muon_lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         self.muon.param_groups[0]["params"] = matrices
-        filled = [group for group in groups if group["params"]]
+        filled = [group for group in groups if group["params"]] or [{"params": [torch.zeros(0)]}]  # torch wants something to make it of
         self.adamw = torch.optim.AdamW(filled, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
+        super().__init__([*self.muon.param_groups, *(self.adamw.param_groups if others else [])], {})
+        self.defaults = {"lr": lr}  # schedules that end at a rate of their own ask for it; not before, or every group would have it
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, such as layers that were frozen at first.
@@ -73,7 +75,11 @@ class MuonAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: it holds both kinds and no `betas`; or what torch raises.
         """
-        super().add_param_group(param_group)
+        defaults, self.defaults = self.defaults, {}  # of which optimizer is seen below
+        try:
+            super().add_param_group(param_group)
+        finally:
+            self.defaults = defaults
         group = self.param_groups[-1]
         kinds = {"betas" not in group and parameter in self._matrices for parameter in group["params"]}
         if len(kinds) > 1:

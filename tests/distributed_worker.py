@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, diagnose
 from revdeq_hf.layer_revdeq import GRADIENT_MODES, fixed_point_layers
 from revdeq_hf.optimizers import MuonAdamW
 
@@ -66,6 +66,8 @@ class Run:
         adamw: AdamW with clipped gradients. Else gradient descent without, whose steps are as large as its gradients, so that a wrong scale shows.
         muon: with AdamW, Muon for the matrices.
         bf16: mixed precision.
+        smoothing: of the labels.
+        diagnosed: afterwards each rank looks into its solves with `diagnose`.
         settings: further ones of the model.
         desynchronised: the other ranks' generators are not where rank 0's is.
         sharded: checkpoints hold shards, as distributed checkpoints do, not whole weights.
@@ -85,6 +87,8 @@ class Run:
     adamw: bool = False
     muon: bool = False
     bf16: bool = False
+    smoothing: float = 0.0
+    diagnosed: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     desynchronised: bool = False
     sharded: bool = False
@@ -134,6 +138,7 @@ IMAGE = Script(
     dict(preset="paper_cifar10_singlescale", hidden_sizes=16, crop_padding=0, flip="false", per_device_eval_batch_size=64, **COMMON),
 )
 ONE, DDP, FSDP2 = Run(), Run(2, "ddp", batch=4), Run(2, "fsdp2", batch=4)
+LOOKED_INTO = dict(smoothing=0.1, diagnosed=True)
 RUNS: dict[str, Run | Batch | Script] = {
     "one": ONE,
     "one_accumulated": replace(ONE, batch=2, accumulation=4),
@@ -161,6 +166,7 @@ RUNS: dict[str, Run | Batch | Script] = {
     "ddp_muon": replace(DDP, adamw=True, muon=True),
     "ddp_sampled": replace(DDP, settings=SAMPLED, desynchronised=True),
     "ddp_image": replace(DDP, model="image"),
+    "ddp_smoothed": replace(DDP, **LOOKED_INTO),
     "ddp_batch_norm": replace(DDP, model="batch_norm"),
     "ddp_frozen_batch_norm": replace(DDP, model="frozen_batch_norm"),
     "ddp_bf16": replace(DDP, bf16=True),
@@ -169,6 +175,7 @@ RUNS: dict[str, Run | Batch | Script] = {
     "fsdp2": FSDP2,
     "fsdp2_accumulated": replace(FSDP2, batch=2, accumulation=2),
     "fsdp2_sampled": replace(FSDP2, settings=SAMPLED, desynchronised=True),
+    "fsdp2_smoothed": replace(FSDP2, **LOOKED_INTO),
     "fsdp2_image": replace(FSDP2, model="image"),
     "fsdp2_bf16": replace(FSDP2, bf16=True),
     "fsdp2_batch_norm": replace(FSDP2, model="batch_norm"),
@@ -320,6 +327,7 @@ def train(name: str, run: Run, folder: Path) -> None:
         train_sampling_strategy="sequential" if run.rows % 8 else "random",
         optim="adamw_torch" if run.adamw else "sgd",
         bf16=run.bf16,
+        label_smoothing_factor=run.smoothing,
         learning_rate=0.01 if run.adamw else 0.3,
         max_grad_norm=1.0 if run.adamw else 0.0,
         logging_steps=1,
@@ -360,6 +368,16 @@ def train(name: str, run: Run, folder: Path) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     moved = max(float((weights[key].double() - before[key].double()).abs().max()) for key in weights)
     figures = {"losses": losses, "steps": watch.steps, "drift": watch.drift, "moved": moved}
+    if run.diagnosed:
+        looks = diagnose(trainer.model, input_ids=torch.stack([row["input_ids"] for row in rows[:4]]))
+        assert isinstance(looks, dict)
+        figures |= {
+            "radius": [look.spectral_radius.tolist() for look in looks.values()],
+            "looked_drift": [look.drift for look in looks.values()],
+        }
+        assert all(isinstance(parameter, DTensor) == (run.wrapper == "fsdp2") for parameter in trainer.model.parameters()), (
+            "weights were left whole"
+        )
     tensors = {**watch.gradients, **{f"weight {key}": value for key, value in weights.items()}, "predictions": predictions}
     leave(folder, name, figures, tensors)
     if run.save is not None:
@@ -477,6 +495,7 @@ EQUIVALENCES = (
     Equivalence("language model: two DDP ranks; one rank with twice the batch", "ddp", "one"),
     Equivalence("language model: two FSDP2 ranks; one rank with twice the batch", "fsdp2", "one"),
     Equivalence("two FSDP2 ranks; two DDP ranks", "fsdp2", "ddp", 0),
+    Equivalence("smoothed labels: two FSDP2 ranks; two DDP ranks", "fsdp2_smoothed", "ddp_smoothed", 0),
     Equivalence("two DDP ranks with `find_unused_parameters`; without", "ddp_find_unused", "ddp", 0),
     Equivalence("AdamW, clipped gradients: two DDP ranks; one rank", "ddp_adamw", "one_adamw", 1e-4),
     Equivalence("AdamW, clipped gradients: two FSDP2 ranks; one rank", "fsdp2_full", "one_adamw", 1e-4),

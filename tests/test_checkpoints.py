@@ -167,6 +167,13 @@ def test_a_checkpoint_of_another_model_is_refused_before_a_step(run, settings):
         other.train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
+def test_one_process_of_several_accelerators_is_refused(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    arguments._n_gpu = 2  # what a machine with two accelerators gives
+    with pytest.raises(ValueError, match=r"one process sees 2 accelerators.*torchrun --nproc_per_node 2"):
+        ResumableTrainer(model=torch.nn.Linear(1, 1), args=arguments)
+
+
 def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     assert arguments.world_size == 1

@@ -98,6 +98,10 @@ def test_a_model_is_diagnosed_layer_by_layer_and_left_as_it_was(tmp_path):
     assert report.drift == 0
     assert 0 < report.spectral_radius.max() < 1
     assert "spectral_radius max" in repr(report)
+    with pytest.raises(ValueError, match="top_k must lie in 1 to 50, the size of the vocabulary, got 51"):
+        logit_lens(model, ids, top_k=51)
+    with pytest.raises(ValueError, match="looks at the solve of a RevDEQForCausalLM, got RevDEQModel"):
+        logit_lens(model.model, ids)
     pytest.importorskip("matplotlib", reason="the plot needs matplotlib")
     report.plot(tmp_path / "diagnosis.png")
     assert (tmp_path / "diagnosis.png").stat().st_size > 5000

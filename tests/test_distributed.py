@@ -64,6 +64,12 @@ def test_sampled_steps_are_those_of_rank_0(wrapper, folder):
     assert len(set(steps)) > 2
 
 
+def test_shards_are_looked_into_as_whole_weights_are(folder):
+    found, expected = (worker.figures_of(folder, f"{wrapper}_smoothed") for wrapper in ("fsdp2", "ddp"))
+    assert found["looked_drift"] == expected["looked_drift"] == [0.0]
+    torch.testing.assert_close(torch.tensor(found["radius"]), torch.tensor(expected["radius"]), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("run", INSIDE)
 def test_law_11_a_sharded_unit_inside_the_solve_is_refused(run, folder):
     for name in (run, f"{run}.1"):

@@ -284,3 +284,24 @@ def test_the_script_runs_by_itself(language, text_file, tmp_path):
     done = subprocess.run([*script, str(language), *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["curve_examples"] == 2
+
+
+def test_the_fixed_point_of_a_text_is_shown(scripts, language, tmp_path, capsys):
+    show = importlib.import_module("show_fixed_point")
+    flags = ["--model", str(language), "--prompt", "a few words", "--new_tokens", "3", "--output", str(tmp_path)]
+    show.main([*flags, "--steps", "3"])
+    printed = capsys.readouterr().out
+    assert "most probable next" in printed
+    assert "model.solve: " in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"fixed_point.png", "convergence.png"}
+    with pytest.raises(ValueError, match="--steps must be at least 1, got 0"):
+        show.main([*flags, "--steps", "0"])
+    with pytest.raises(ValueError, match="--prompt must hold at least one token"):
+        show.main([*flags, "--prompt", ""])
+    with pytest.raises(FileNotFoundError, match="--output: there is no folder 'nowhere'"):
+        show.main([*flags, "--output", "nowhere"])
+    explicit = LlamaConfig(vocab_size=512, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+    LlamaForCausalLM(explicit).save_pretrained(tmp_path / "llama")
+    AutoTokenizer.from_pretrained(language).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match=r"llama' is a LlamaForCausalLM, which has no fixed point to show"):
+        show.main([*flags, "--model", str(tmp_path / "llama")])

@@ -19,7 +19,7 @@ import torch
 from conftest import EXAMPLES, SHARED
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from revdeq_hf.checkpoints import last_whole_checkpoint
 from revdeq_hf.training import text_hash
@@ -53,10 +53,13 @@ def text_files(tmp_path_factory) -> dict[str, str]:
 
 
 def language_arguments(folder, files, *more: str) -> list[str]:
+    """Flags of a small run; the network's only where it is a new one."""
     named = [flag for split, file in files.items() for flag in (f"--{split}_file", file)]
     return [
         *named,
-        *("--output_dir", str(folder), "--vocab_size", "300", "--block_size", "32", "--hidden_size", "32", "--intermediate_size", "64"),
+        *("--output_dir", str(folder), "--block_size", "32"),
+        *([] if "--model_name_or_path" in more else ["--hidden_size", "32", "--intermediate_size", "64"]),
+        *([] if {"--model_name_or_path", "--tokenizer_name"} & {*more} else ["--vocab_size", "300"]),
         *(
             "--per_device_train_batch_size",
             "8",
@@ -122,8 +125,16 @@ def test_language_script_in_bf16_with_other_settings_goes_on_from_a_saved_model(
     assert {split: text_hash(Path(file).read_text().splitlines(keepends=True)) for split, file in text_files.items()} == first[
         "data_sha256"
     ]
-    more = language.main(language_arguments(tmp_path / "b", text_files, "--model_name_or_path", str(tmp_path / "a"), "--max_steps", "6"))
+    on = ("--model_name_or_path", str(tmp_path / "a"), "--max_steps", "6")
+    more = language.main(language_arguments(tmp_path / "b", text_files, *on))
     assert more["validation_loss_before"] == pytest.approx(first["validation_loss"], rel=1e-2)  # bf16 then, float32 now
+
+    solver = ("--solver_steps", "3", "--dropout", "0", "--steps_sampling", '{"distribution": "uniform", "min_steps": 1, "max_steps": 4}')
+    language.main(language_arguments(tmp_path / "c", text_files, *on, *solver))
+    was, kept, config = (AutoConfig.from_pretrained(tmp_path / name) for name in "abc")
+    assert (was.beta, was.max_steps, was.tol, was.hidden_dropout, was.steps_sampling) == (0.8, 2, 1e-3, 0.1, None)
+    assert {**kept.to_dict(), "_name_or_path": None} == {**was.to_dict(), "_name_or_path": None}
+    assert (config.beta, config.max_steps, config.tol, config.hidden_dropout, config.steps_sampling["max_steps"]) == (0.8, 3, 1e-3, 0, 4)
 
 
 def test_layers_before_and_after_and_a_rounded_vocabulary(language, text_files, tmp_path):
@@ -215,7 +226,9 @@ def test_a_resumed_run_keeps_its_tokenizer_whatever_became_of_the_text(language,
     assert second["validation_loss"] < first["validation_loss"] + 0.2
     tokens[1].save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="has other tokens than the checkpoint"):
-        language.main([*arguments, "--resume_from_checkpoint", "true", "--tokenizer_name", str(tmp_path / "other")])
+        language.main(
+            language_arguments(tmp_path / "out", files, "--resume_from_checkpoint", "true", "--tokenizer_name", str(tmp_path / "other"))
+        )
 
 
 def test_compressed_tables_are_read_as_tables(language, tmp_path):
@@ -382,6 +395,10 @@ def test_standard_library_splits_share_no_file(language):
         (["--train_file", "{train}", "--fp16", "true", "--use_cpu", "true"], "--bf16 true instead"),
         (["--train_file", "{train}", "--model_name_or_path", "{bare}"], "no tokenizer in .*--tokenizer_name"),
         (["--train_file", "{train}", "--model_name_or_path", "{bare}", "--tokenizer_name", "{large}"], "256 on lie outside"),
+        (["--model_name_or_path", "{bare}", "--hidden_size", "64"], "--hidden_size would have no effect: '.*' has a network already"),
+        (["--model_name_or_path", "{bare}", "--vocab_size", "64"], "--vocab_size would have no effect: the tokenizer is a saved one"),
+        (["--model_type", "llama", "--tol", "1e-3"], "--tol would have no effect: a model of type 'llama' has no fixed point"),
+        (["--num_hidden_layers", "2"], "--num_hidden_layers would have no effect: the layers of a revdeq follow"),
         (["--train_file", "{train}", "--tokenizer_name", "{endless}"], "no end-of-text token"),
         (["--train_file", "{train}", "--pad_vocab_to_multiple_of", "0"], "must be at least 1, got 0"),
         (["--train_file", "{train}", "--lr_scheduler_type", "reduce_lr_on_plateau"], "requires an eval strategy"),
@@ -410,8 +427,9 @@ def test_unusable_input_of_the_language_script_is_told(language, text_files, tok
     names |= {"{numbers}": str(tmp_path / "numbers.csv"), "{table}": str(tmp_path / "table.tsv")}
     names |= {f"{{{name}}}": str(tmp_path / name) for name in ("bare", "large", "endless")}
     filled = [names.get(argument, argument) for argument in arguments]
+    filled += [] if {"--model_name_or_path", "--tokenizer_name"} & set(arguments) else ["--vocab_size", "300"]
     with pytest.raises(Exception, match=message):
-        language.main([*filled, "--output_dir", str(tmp_path / "out"), "--vocab_size", "300", "--disable_tqdm", "true"])
+        language.main([*filled, "--output_dir", str(tmp_path / "out"), "--disable_tqdm", "true"])
 
 
 @pytest.mark.parametrize("script", ["train_language", "train_image"])

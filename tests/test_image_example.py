@@ -19,18 +19,8 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig, ReversibleFixedPoint
 
 pytestmark = pytest.mark.usefixtures("scripts")
-TINY = [
-    "--hidden_sizes",
-    "16",
-    "--expansion_ratios",
-    "1",
-    "--solver_steps",
-    "2",
-    "--disable_tqdm",
-    "true",
-    "--per_device_train_batch_size",
-    "8",
-]
+FEW = ["--disable_tqdm", "true", "--per_device_train_batch_size", "8"]
+TINY = ["--hidden_sizes", "16", "--expansion_ratios", "1", "--solver_steps", "2", *FEW]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +128,7 @@ def test_a_folder_with_everything_on_resumed_equals_uninterrupted_bit_for_bit(im
 
 
 def test_resnet_on_the_same_data_stops_after_its_minutes_and_reloads(image, folder, tmp_path):
-    arguments = [*folders(folder), *TINY, "--model_type", "resnet", "--hidden_sizes", "8", "16", "--depths", "1", "2"]
+    arguments = [*folders(folder), *FEW, "--model_type", "resnet", "--hidden_sizes", "8", "16", "--depths", "1", "2"]
     results = image.main(
         [*arguments, "--output_dir", str(tmp_path), "--max_steps", "100000", "--max_minutes", "0.02", "--logging_steps", "1"]
     )
@@ -434,23 +424,29 @@ def test_the_schedule_follows_the_clock_where_it_is_ahead(image, tmp_path):
 
 def test_a_resumed_run_has_the_minutes_that_are_left(image, folder, tmp_path):
     arguments = [*folders(folder), *TINY, "--max_steps", "4", "--save_steps", "2", "--max_minutes", "5", "--output_dir", str(tmp_path)]
-    image.main(arguments)
+    first = image.main(arguments)
     shutil.rmtree(tmp_path / "checkpoint-4")
     shutil.copytree(tmp_path, tmp_path / "unlimited")
     path = tmp_path / "checkpoint-2" / "trainer_state.json"
     state = json.loads(path.read_text())
-    assert 0 < state["stateful_callbacks"]["TimeLimit"]["attributes"]["seconds"] < 60
-    state["stateful_callbacks"]["TimeLimit"]["attributes"]["seconds"] = 299.9999
+    assert 0 < state["stateful_callbacks"]["TrainingClock"]["attributes"]["seconds"] < first["train_seconds"]
+    state["stateful_callbacks"]["TrainingClock"]["attributes"]["seconds"] = 299.9999
     path.write_text(json.dumps(state))
-    assert image.main([*arguments, "--resume_from_checkpoint", "true"])["updates"] == 3
+    then = image.main([*arguments, "--resume_from_checkpoint", "true"])
+    assert then["updates"] == 3
+    assert 300 < then["train_seconds"] < 330  # of both parts
+    (logged,) = (entry for entry in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "train_runtime" in entry)
+    assert logged["train_runtime"] < 30 < logged["train_seconds"] == then["train_seconds"]
 
-    # a checkpoint of a run without a limit: its minutes begin now
+    # a checkpoint of another trainer, without a clock: its minutes begin now
     path = tmp_path / "unlimited" / "checkpoint-2" / "trainer_state.json"
     state = json.loads(path.read_text())
-    del state["stateful_callbacks"]["TimeLimit"]
+    del state["stateful_callbacks"]["TrainingClock"]
     path.write_text(json.dumps(state))
     resumed = [*arguments, "--output_dir", str(tmp_path / "unlimited"), "--resume_from_checkpoint", "true"]
-    assert image.main(resumed)["updates"] == 4
+    then = image.main(resumed)
+    assert then["updates"] == 4
+    assert then["train_seconds"] < 30
 
 
 # --- scores and figures ---
@@ -562,20 +558,15 @@ def test_going_on_from_a_grey_model_with_colour_images_and_the_other_way(image, 
         saved = tmp_path / f"saved_{first.name}"
         image.main([*folders(first), *TINY, "--max_steps", "1", "--output_dir", str(saved)])
         assert not told
-        image.main(
-            [
-                *folders(second),
-                *TINY,
-                "--model_name_or_path",
-                str(saved),
-                "--max_steps",
-                "1",
-                "--output_dir",
-                str(tmp_path / f"out_{first.name}"),
-            ]
-        )
+        on = ["--model_name_or_path", str(saved), "--solver_steps", "3", "--tol", "0.01", "--max_steps", "1", "--disable_tqdm", "true"]
+        out = tmp_path / f"out_{first.name}"
+        image.main([*folders(second), *on, "--output_dir", str(out)])
+        config = RevDEQVisionConfig.from_pretrained(out)
+        assert (config.max_steps, config.tol, config.beta, config.hidden_sizes) == (3, 0.01, 0.8, [16])
         assert any(what in message and "40 of 40" in message for message in told)
         told.clear()
+    with pytest.raises(ValueError, match=r"--hidden_sizes, --expansion_ratios would have no effect: '.*' has a network already"):
+        image.main([*folders(folder), *TINY, "--model_name_or_path", str(saved), "--output_dir", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="--channels 1: the saved model takes images of 3 channels"):
         image.main([*folders(folder), "--model_name_or_path", str(saved), "--channels", "1", "--output_dir", str(tmp_path / "out")])
 
@@ -607,6 +598,8 @@ def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
         (["--preset", "huge"], "--preset must be one of"),
         (["--per_device_train_batch_size", "1"], "one alone would be changed alike in every epoch"),
         (["--model_type", "vit"], "--model_type must be one of"),
+        (["--model_type", "resnet", "--beta", "0.5"], "--beta would have no effect: a model of type 'resnet' has no fixed point"),
+        (["--depths", "1", "1"], "--depths would have no effect: they are a resnet's"),
         (["--model_type", "resnet", "--depths", "1"], "--depths must have one entry per stage"),
         (["--label_column", "name"], "no column 'name'"),
         (["--hidden_sizes", "20", "--expansion_ratios", "1"], "group_width must divide"),

@@ -135,6 +135,8 @@ def test_only_what_is_asked_for():
         linear_cross_entropy(hidden, weight, labels[:4])
     with pytest.raises(ValueError, match=r"\[0, 1\), got 1"):
         linear_cross_entropy(hidden, weight, labels, label_smoothing=1.0)
+    with pytest.raises(ValueError, match="chunk_rows must be at least 1, got 0"):
+        linear_cross_entropy(hidden, weight, labels, chunk_rows=0)
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         linear_cross_entropy(hidden, weight, torch.full((5,), 29))
 

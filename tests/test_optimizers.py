@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import LlamaConfig, LlamaForTokenClassification
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForTokenClassification, get_scheduler
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.optimizers import MuonAdamW, muon_adamw
@@ -180,8 +180,51 @@ def test_explicit_models_too_and_networks_without_matrices_are_told():
     matrices = names(model, MuonAdamW(model, 1e-3, 1e-2).muon.param_groups[0]["params"])
     assert len(matrices) == 2 * 7
     assert not any("score" in name or "embed" in name for name in matrices)
+    older = GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+    )  # whose linear layers are another class
+    matrices = names(older, MuonAdamW(older, 1e-3, 1e-2).muon.param_groups[0]["params"])
+    assert len(matrices) == 2 * 4
+    assert all("attn" in name or "mlp" in name for name in matrices)
     with pytest.raises(ValueError, match="needs linear layers or convolutions"):
         MuonAdamW(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=4), torch.nn.LayerNorm(4)), 1e-3, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings"),
+    [("polynomial", {"lr_end": 1e-3}), ("cosine_with_min_lr", {"min_lr": 1e-3}), ("cosine_with_min_lr", {"min_lr_rate": 0.1})],
+)
+def test_schedules_that_end_at_a_rate_of_their_own(schedule, settings):
+    """They ask the optimizer for its rate, AdamW's; Muon's falls by the same share."""
+    optimizer = MuonAdamW(looped(), 1e-2, 2e-2)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    scheduler = get_scheduler(schedule, optimizer, 2, 10, scheduler_specific_kwargs=settings)
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+    assert {2e-2, 1e-2} == set(rates)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        assert group["lr"] == pytest.approx(0.1 * rate)
+
+
+def test_matrices_alone():
+    """As of adapters, and where all else is frozen at first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    model.requires_grad_(False)
+    model[0].weight.requires_grad_(True)
+    optimizer = MuonAdamW(model, 1e-2, 2e-2, weight_decay=0.1)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1]
+    model[1].bias.requires_grad_(True)
+    optimizer.add_param_group({"params": [model[1].bias]})
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    assert {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])} == {"0.weight", "1.bias"}
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(2e-2, 0.1), (1e-2, 0.0)]
+    twin = copy.deepcopy(optimizer)
+    twin.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in twin.param_groups] == [2e-2, 1e-2]
 
 
 def test_a_group_that_is_added_later_is_trained_by_the_one_it_belongs_to():

@@ -184,7 +184,7 @@ def test_puzzles_of_a_file(problems, tmp_path):
     rows = list(problems.sudoku(6, 40, seed=0))
     lines = ["".join(map(str, row["digits"])) for row in rows]
     file = tmp_path / "puzzles.txt"
-    file.write_text("# rated\n" + lines[0].replace("0", ".") + " 11.9\n\n" + lines[1] + ",x\n" + "\n".join(lines[2:]) + "\n")
+    file.write_text("\ufeff# rated\n  # so\n" + lines[0].replace("0", ".") + " 11.9\n\n" + lines[1] + ",x\n" + "\n".join(lines[2:]) + "\n")
     found = problems.sudoku_file(file, 100, seed=0).to_list()
     assert sorted(found, key=str) == sorted(rows, key=str)
     few = problems.sudoku_file(file, 3, seed=1).to_list()
@@ -247,6 +247,10 @@ def test_contradicting_puzzles_have_no_solution(problems):
     rows = problems.contradicting(problems.sudoku(4, 30, seed=0), seed=0)
     for row in rows:
         assert sum(digit > 0 for digit in row["digits"]) == 31
+        assert problems.solutions(row["digits"]) == []
+    full = [{"digits": [label + 1 for label in row["labels"]], "labels": row["labels"]} for row in rows]  # nothing is left to give
+    for row, before in zip(problems.contradicting(full, seed=0), full, strict=True):
+        assert sum(a != b for a, b in zip(row["digits"], before["digits"], strict=True)) == 1
         assert problems.solutions(row["digits"]) == []
 
 

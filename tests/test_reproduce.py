@@ -37,11 +37,14 @@ def parsed(name: str, variant: str, more: dict | None = None) -> tuple:
     }[module.__name__]
     settings = reproduce.without(settings, reproduce.FOR_ACCELERATORS)  # refused where there is none
     parser = HfArgumentParser([getattr(module, kind) for kind in kinds])
-    return module, *parser.parse_args_into_dataclasses(args=reproduce.flags(settings))
+    words = reproduce.flags(settings)
+    options, data, training = parser.parse_args_into_dataclasses(args=words)
+    module.refuse_idle_flags(importlib.import_module("flags").given_flags(parser, words), options, data)
+    return module, options, data, training
 
 
 @pytest.mark.parametrize(("name", "variant"), RUNS)
-def test_every_flag_is_one_of_the_script(name, variant, tmp_path):
+def test_every_flag_is_one_of_the_script_and_has_an_effect(name, variant, tmp_path):
     recipe = reproduce.load(name)
     _, settings = recipe.settings(variant)
     _, options, data, training = parsed(name, variant, {"output_dir": str(tmp_path)})

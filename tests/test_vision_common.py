@@ -231,6 +231,8 @@ def test_channels_last_is_kept(gradient):
 @NETWORKS
 @torch.no_grad()
 def test_the_inference_path_exports_for_any_batch_and_size(settings):
+    if settings.get("downsample") == "max_pool" and torch.__version__ < "2.13":
+        pytest.skip("torch's max pool exports for sides of one parity alone, before 2.13")
     model = make(RevDEQForImageClassification, settings, max_steps=1)
     least = 2 * len(settings["hidden_sizes"])  # so that no stage sees a single row, of which export would make a special case
     sizes = {
