@@ -78,7 +78,8 @@ class FloatSolve(nn.Module):
         super().__init__()
         self.stored = stored
         self.block: nn.Module = layer.block
-        self.gradient = layer.gradient
+        for name in ("gradient", "max_steps", "row_dims", "solver", "draws_steps"):  # what the model reads of it
+            setattr(self, name, getattr(layer, name))
         self.beta, self.wide, self.autocast = layer.beta, wide, autocast
 
     def forward(self, x, *, max_steps, gradient, past_key_values=None, **kwargs):
@@ -117,26 +118,26 @@ def gradients(model: nn.Module, ids: torch.Tensor, autocast: bool) -> tuple[torc
     return torch.cat([parameter.grad.double().flatten() for parameter in model.parameters() if parameter.grad is not None]), loss.item()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--betas", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--hidden_size", type=int, default=128)
     parser.add_argument("--length", type=int, default=128)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    ids = text_batch(256, 8, arguments.length).to(device)
+    ids = text_batch(256, 8, options.length).to(device)
     rows = []
     for block in ("paper", "modern"):
         for autocast in (False, True):
-            for beta in arguments.betas:
-                for steps in arguments.steps:
+            for beta in options.betas:
+                for steps in options.steps:
                     torch.manual_seed(0)
                     act = "gelu_pytorch_tanh" if block == "paper" else "silu"
                     config = RevDEQConfig(
                         vocab_size=256,
-                        hidden_size=arguments.hidden_size,
-                        intermediate_size=4 * arguments.hidden_size,
+                        hidden_size=options.hidden_size,
+                        intermediate_size=4 * options.hidden_size,
                         num_attention_heads=4,
                         block_type=block,
                         hidden_act=act,

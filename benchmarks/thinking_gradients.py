@@ -42,7 +42,7 @@ class PublishedReversal(nn.Module):
 
     def __init__(self, block: nn.Module, steps: int) -> None:
         super().__init__()
-        self.block, self.steps = block, steps
+        self.block, self.steps, self.max_steps = block, steps, steps
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> argparse.Namespace:
         z = FloatReversal.apply(self.block, x, BETA, self.steps, torch.float32, *self.block.parameters())
@@ -128,14 +128,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[12, 24, 64])
     parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--table", action="store_true", help="print what has been measured")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.table:
         print(table())
         return

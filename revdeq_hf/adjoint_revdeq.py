@@ -311,6 +311,13 @@ class _Sums:
                 self.totals[i], self._own[i] = total + gradient, True
 
 
+def _without_packing() -> contextlib.AbstractContextManager:
+    """Around a graph that is dropped: what the user's hooks (`save_on_cpu`, a count) pack of operations that save their own result is never freed."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:  # as nearly always, and hooks cost a call for each tensor
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
+
+
 class _Reversible(torch.autograd.Function):
     """The iteration, with its reversal as backward pass.
 
@@ -332,8 +339,10 @@ class _Reversible(torch.autograd.Function):
         def evaluate(state: State, number: int) -> State:
             # with a graph, though most are dropped: torch takes other kernels, with other rounding, where there is none (compiled programs, LSTM, attention
             # with a learned bias, encoder layers in eval mode), and the backward pass must meet the same ones
-            evaluation = evaluate_with_graph(evaluator, state, leaves)
-            if number >= keep_from:
+            keeps = number >= keep_from
+            with contextlib.nullcontext() if keeps else _without_packing():
+                evaluation = evaluate_with_graph(evaluator, state, leaves)
+            if keeps:
                 kept.append(evaluation)
             return tuple(part.detach() for part in evaluation.f)
 

@@ -1,10 +1,12 @@
 """The laws of the fixed-point layer (exactness, cost, memory, honesty) at small sizes."""
 
 import copy
+import gc
 import pickle
 import sys
 import threading
 import warnings
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -670,6 +672,44 @@ def test_what_is_kept_can_lie_elsewhere_until_the_backward_pass(steps):
     assert sum(tensor.dtype == torch.int64 and tensor.shape == x.shape for tensor in kept) >= 2  # the pair of states, and digits
     for a, b in zip(plain, elsewhere, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4])
+def test_hooks_meet_what_is_kept_and_nothing_else(keep):
+    """Graphs of evaluations that are dropped were packed as well, and stayed for ever where an operation saves its own result, as tanh does."""
+
+    class Packed:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    class Saturating(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, z, x):
+            return torch.tanh(self.inner(z) + x)
+
+    x = torch.randn(3, 6, requires_grad=True)
+    counts = []
+    for steps in (3, 9):
+        packed: list[weakref.ref] = []
+
+        def pack(tensor: torch.Tensor, packed: list[weakref.ref] = packed) -> Packed:
+            held = Packed(tensor.detach())
+            packed.append(weakref.ref(held))
+            return held
+
+        layer = ReversibleFixedPoint(Saturating(), beta=0.5, max_steps=steps, keep_evaluations=keep, drift_policy="raise")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            solution = layer(x)
+        counts.append(len(packed))
+        solution.z.sum().backward()
+        assert layer.drift == 0
+        del solution, layer
+        gc.collect()
+        assert not any(reference() is not None for reference in packed)
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("kind", ["attention", "convolution", "tuple"])
