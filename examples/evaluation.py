@@ -32,6 +32,7 @@ from revdeq_hf.training import fixed_point_layers, print_table, residual_curve, 
 USAGE = "usage: python examples/evaluate.py MODEL [--help] [flags]     (MODEL: the folder of a saved model, or its name on the Hub)"
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 # flags of the training scripts' data that change nothing here
+SOURCES = ("dataset_name", "train_file", "validation_file", "test_file", "train_dir", "validation_dir")
 TRAINING_ONLY = {
     "text-generation": ("vocab_size", "block_size", "pack", "streaming", "shuffle_buffer", "max_train_rows", "prompt", "sample_tokens"),
     "image-classification": ("flip", "crop_padding", "cutout", "erasing", "mixup", "cutmix", "max_train_images"),
@@ -92,6 +93,19 @@ class Measured:
     protocol: dict[str, Any]
 
 
+def refuse_other_data(folder: Path, data: Any) -> None:
+    """A ValueError where a model that was trained on data of the user's own would be measured on the built-in ones, which its card would then publish."""
+    record = folder / "results.json"
+    if any(getattr(data, name, None) for name in SOURCES) or not record.is_file():
+        return
+    words = [part for word in shlex.split(json.loads(record.read_text(encoding="utf-8"))["run"]["command"]) for part in word.split("=", 1)]
+    named = [f"{flag} {value}" for flag, value in itertools.pairwise(words) if flag.lstrip("-").replace("-", "_") in SOURCES]
+    if named:
+        raise ValueError(
+            f"{str(folder)!r} was trained with {' '.join(named)}, and nothing says on which data it is to be measured: give these flags again, or others"
+        )
+
+
 def main(arguments: list[str] | None = None) -> dict:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0].startswith("-"):
@@ -113,6 +127,7 @@ def main(arguments: list[str] | None = None) -> dict:
     idle = [f"--{flag}" for flag in TRAINING_ONLY[task] if getattr(data, flag) != getattr(defaults, flag)]
     if idle:
         raise ValueError(f"{', '.join(idle)}: for training only, without effect on an evaluation; leave out (a text's window is --window)")
+    refuse_other_data(folder, data)
     output = Path(options.output_dir or folder)
     if output.resolve() != Path(name).resolve() and not options.output_dir:
         raise ValueError(f"{name!r} is no folder here to write the results to; name one with --output_dir")

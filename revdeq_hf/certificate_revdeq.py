@@ -30,7 +30,7 @@ class _Glances:
         copied = torch.empty_like(number, device="cpu", pin_memory=True)  # into pageable memory the host would wait for the copy
         copied.copy_(number, non_blocking=True)
         event = torch.Event(number.device)
-        event.record()
+        event.record(torch.accelerator.current_stream(number.device))  # without it: of the current device, which may be another
         self._waiting = [*self._waiting[-8:], (copied, event, act)]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from .steps_revdeq import check_steps
 # unsure, so no threshold ends it; its length follows what was accepted.
 DRAFTING = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic_transient", "assistant_confidence_threshold": 0.0}
 
-OWN_ARGUMENTS = {"max_steps", "tol", "output_solver_stats"}  # of a call, which mean nothing to another model that drafts for this one
+OWN_ARGUMENTS = {"max_steps", "tol"}  # of a call, which mean nothing to another model that drafts for this one
 
 _LOCK = threading.RLock()  # held while a model shows transformers another config than its own
 
@@ -34,7 +34,7 @@ class RevDEQGenerationMixin(GenerationMixin):
 
         Args:
             max_steps, tol (`int` and `float`, *optional*): steps of every solve, and the residual at which a token stops, instead of those of the config. An
-                `assistant_model` keeps its own. Like `draft_max_steps` they may be fields of the generation config.
+                `assistant_model` keeps its own. Like `draft_max_steps` they may be fields of the generation config, of the model's or of the call's.
             draft_max_steps (`int`, *optional*): the model drafts for itself: solves of so few steps propose tokens one by one, one solve of all steps
                 verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution). Drafts begin with
                 5 tokens, 2 more after each that was accepted whole, 1 less after others; `num_assistant_tokens`, `num_assistant_tokens_schedule` and
@@ -43,9 +43,18 @@ class RevDEQGenerationMixin(GenerationMixin):
                 same with transformers' own defaults for the drafts.
 
         Raises:
-            ValueError: `draft_max_steps` is not below the steps of a full solve; or what transformers' `generate` raises.
+            ValueError: `draft_max_steps` is not below the steps of a full solve; `output_solver_stats`; or what transformers' `generate` raises.
         """
-        configured, found = without_steps(self.generation_config if generation_config is None else generation_config)
+        own, found = without_steps(self.generation_config)
+        configured = own
+        if generation_config is not None:
+            configured, asked = without_steps(generation_config)
+            found |= asked
+        if kwargs.get("output_solver_stats"):
+            raise ValueError(
+                "generate returns no solver statistics: call the model with the tokens, model(generated, output_solver_stats=True), whose steps and "
+                "residuals of each are those of its generation"
+            )
         drafted = found.pop("draft_max_steps", None)
         draft_max_steps = drafted if draft_max_steps is None else draft_max_steps
         kwargs |= {name: value for name, value in found.items() if kwargs.get(name) is None}
@@ -56,10 +65,9 @@ class RevDEQGenerationMixin(GenerationMixin):
                 raise ValueError(f"draft_max_steps must be below the steps of a full solve, got {draft_max_steps} and max_steps={steps}")
             kwargs["assistant_early_exit"] = draft_max_steps
             kwargs |= {name: value for name, value in DRAFTING.items() if name not in kwargs and getattr(configured, name) is None}
-        if generation_config is not None or configured is self.generation_config:
+        # transformers takes a keyword that the model's generation config has, too, for one of that
+        with contextlib.nullcontext() if own is self.generation_config else _showing(self, "generation_config", own):
             return super().generate(inputs, None if generation_config is None else configured, *args, **kwargs)
-        with _showing(self, "generation_config", configured):
-            return super().generate(inputs, None, *args, **kwargs)
 
     def _get_candidate_generator(
         self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, *args, **kwargs

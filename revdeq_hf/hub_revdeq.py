@@ -47,18 +47,27 @@ ELSEWHERE = {
     "f_max_iter": "max_steps",
     "num_iterations": "max_steps",
     "num_steps": "max_steps",
+    "solver_steps": "max_steps",
+    "steps": "max_steps",
+    "tolerance": "tol",
     "relaxation": "beta",
     "tau": "beta",
     "num_layers": "num_block_layers",
+    "n_layer": "num_block_layers",
+    "dropout": "hidden_dropout",
+    "layer_norm_eps": "norm_eps",
 }
 
 UNDECLARED = {"tie_last_hidden_states"}  # a setting of transformers' that is no field
 
-# that a model's fixed-point layers take from its configuration when they are made
-SOLVER_SETTINGS = ("beta", "tol", "gradient", "solver", "keep_evaluations", "damping", "initial_scale", "path_noise", "num_restarts")
+# that a model's fixed-point layers take from its configuration when they are made, and when it is changed
+SOLVER_SETTINGS = (
+    *("beta", "tol", "gradient", "solver", "keep_evaluations", "steps_sampling", "drift_policy"),
+    *("damping", "initial_scale", "path_noise", "num_restarts"),
+)
 
 # of these, and of what is theirs besides, a call cannot change anything
-NOT_PER_CALL = {*SOLVER_SETTINGS, "steps_sampling", "drift_policy", "z0", "measure_mask"} - {"tol", "num_restarts"}
+NOT_PER_CALL = {*SOLVER_SETTINGS, "z0", "measure_mask"} - {"tol", "num_restarts"}
 
 
 def refuse_settings(call: Iterable[str]) -> None:
@@ -68,16 +77,6 @@ def refuse_settings(call: Iterable[str]) -> None:
         raise ValueError(
             f"{', '.join(found)}: settings of the model's fixed-point layers, not of a call (max_steps and tol are). They are given when the model is made or "
             "loaded, from_pretrained(folder, beta=0.5), or set on the layers: for _, layer in revdeq_hf.fixed_point_layers(model): layer.beta = 0.5"
-        )
-
-
-def refuse_steps_of_layers(made: Iterable[int], now: Iterable[int]) -> None:
-    """Raises ValueError where a model's fixed-point layers have other steps than they were made with: a model runs, and caches for, its configuration's."""
-    made, now = list(made), list(now)
-    if made != now:
-        raise ValueError(
-            f"max_steps of the model's fixed-point layers was changed from {made} to {now}, and is not what a model runs; give max_steps in the call, or set "
-            "it in the configuration, model.config.max_steps"
         )
 
 
@@ -148,6 +147,35 @@ class BundledModel:
 
     model_file: str
 
+    def _remember_configuration(self, layers: Iterable[Any]) -> None:
+        """To be called when the layers have been made from it."""
+        self._layers_steps = [layer.max_steps for layer in layers]
+        self._configured = self._solver_settings()
+
+    def _solver_settings(self) -> dict[str, Any]:
+        found = {name: getattr(self.config, name) for name in SOLVER_SETTINGS}  # type: ignore[attr-defined]
+        return found | {"steps_sampling": found["steps_sampling"] and dict(found["steps_sampling"])}
+
+    def _follow_configuration(self, layers: Iterable[Any]) -> None:
+        """Sets on the fixed-point layers what was changed in the configuration since; what was set on them stays otherwise.
+
+        Raises:
+            ValueError: `max_steps` was set on a layer: a model runs, and caches for, its configuration's.
+        """
+        now = self._solver_settings()
+        if now != self._configured:
+            for layer in layers:
+                for name, value in now.items():
+                    if value != self._configured[name]:
+                        setattr(layer, name, value)
+            self._configured = now
+        steps = [layer.max_steps for layer in layers]
+        if steps != self._layers_steps:
+            raise ValueError(
+                f"max_steps of the model's fixed-point layers was changed from {self._layers_steps} to {steps}, and is not what a model runs; give "
+                "max_steps in the call, or set it in the configuration, model.config.max_steps"
+            )
+
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
         config = self.config  # type: ignore[attr-defined]
         self._warn_of_settings_that_differ()
@@ -158,18 +186,20 @@ class BundledModel:
             config.__dict__.pop("model_file", None)
 
     def _warn_of_settings_that_differ(self) -> None:
-        """What is saved is the configuration, and what has been run are the layers that were made from it."""
+        """What is saved is the configuration, and what has been run are the layers, on which other settings may have been set."""
+        configured = self.base_model._configured  # type: ignore[attr-defined]
         differ = {}
         for module in self.modules():  # type: ignore[attr-defined]
             if type(module).__name__ == "ReversibleFixedPoint":  # a configuration saved alone would take the class's files along
-                for name in SOLVER_SETTINGS:
-                    saved, used = getattr(self.config, name), getattr(module, name)  # type: ignore[attr-defined]
-                    if saved != used and not (name == "beta" and abs(saved - used) < 1e-6):  # a nearby fraction
+                for name, saved in self._solver_settings().items():
+                    used = getattr(module, name)
+                    reaches = saved != configured[name] or name == "drift_policy"  # with the next call; or it changes no result
+                    if saved != used and not reaches and not (name == "beta" and abs(saved - used) < 1e-6):  # a nearby fraction
                         differ[name] = f"{name}={saved!r} (run with {used!r})"
         if differ:
             warnings.warn(
-                f"the configuration being saved and the layers that have been run differ: {', '.join(differ.values())}. Settings of a solve are read from the "
-                "configuration when a model is made; set them in both, or load the model with from_pretrained(folder, name=value)",
+                f"the configuration being saved and the layers that have been run differ: {', '.join(differ.values())}. What is set on layers is not "
+                "saved; set it in the configuration, whose changes reach the layers with the next call",
                 stacklevel=3,
             )
 

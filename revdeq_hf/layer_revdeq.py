@@ -44,7 +44,7 @@ class SolveStatistics:
     Attributes:
         steps: int64, steps taken.
         residual: float32, `||f(z) - z|| / (1e-5 + ||f(z)||)` over all of a row's state, for the state at the start of the last
-            step, where it costs no evaluation; for a row that met `tol`, of the very state returned.
+            step, where it costs no evaluation; for a row that met `tol`, of the very state returned. Without a gradient (`ResidualLoss` has one).
         evaluations: calls of the block, 2 a step (and one more where `tol` ended the solve).
         shapes: of the state's tensors.
         clamped: int64, evaluations in which a value of the block was beyond +-2048 and was clamped.

@@ -43,7 +43,7 @@ from .block_revdeq import RevDEQAttention, RevDEQLayer, RevDEQTransformerBlock
 from .cache_revdeq import EvaluationSlots, SharedSlots, check_slots
 from .configuration_revdeq import RevDEQConfig
 from .generation_revdeq import RevDEQGenerationMixin, with_steps
-from .hub_revdeq import BundledModel, refuse_settings, refuse_steps_of_layers
+from .hub_revdeq import BundledModel, refuse_settings
 from .layer_revdeq import ReversibleFixedPoint
 from .loss_revdeq import at_least_one, linear_cross_entropy, share_of_batch
 from .steps_revdeq import check_steps
@@ -250,7 +250,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             path_noise=config.path_noise,
             num_restarts=config.num_restarts,
         )
-        self._made_steps = config.max_steps
+        self._remember_configuration([self.solve])
         self.coda = nn.ModuleList(RevDEQLayer(config, index) for index in range(config.num_coda_layers))
         self.gradient_checkpointing = False
         self.post_init()
@@ -288,7 +288,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         refuse_settings(kwargs)
-        refuse_steps_of_layers([self._made_steps], [self.solve.max_steps])
+        self._follow_configuration([self.solve])
         steps = self.config.max_steps if max_steps is None else check_steps(max_steps)
         embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         if embeds.dim() != 3 or embeds.shape[-1] != self.config.hidden_size:

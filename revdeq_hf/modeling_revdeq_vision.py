@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .block_revdeq import RevDEQConvBlock, RevDEQConvNextBlock, RevDEQRecallBlock
 from .configuration_revdeq import RevDEQVisionConfig
-from .hub_revdeq import BundledModel, refuse_settings, refuse_steps_of_layers
+from .hub_revdeq import BundledModel, refuse_settings
 from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint
 from .loss_revdeq import share_of_batch
 from .steps_revdeq import check_steps
@@ -211,7 +211,7 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
             )
             for size, ratio, steps in zip(sizes, config.expansion_ratios, config.steps_per_stage, strict=True)
         )
-        self._made_steps = list(config.steps_per_stage)
+        self._remember_configuration(self.stages)
         downsample = RevDEQVisionMaxPool if pooled else RevDEQVisionDownsample
         self.downsamples = nn.ModuleList(downsample(a, b, config.norm_eps) for a, b in zip(sizes, sizes[1:], strict=False))
         if len(sizes) > 1:  # FSDP refuses names of classes that the model does not hold
@@ -240,6 +240,7 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
         """
         self._check_images(pixel_values)
         assert pixel_values is not None
+        self._follow_configuration(self.stages)
         steps = self._steps_of(max_steps)
         dtype = self.dtype
         # x sets the dtype of the state: autocast's half precision is for the block's insides only
@@ -268,7 +269,6 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
         return maps, solutions
 
     def _steps_of(self, max_steps: "int | list[int] | None") -> list[int]:
-        refuse_steps_of_layers(self._made_steps, [stage.max_steps for stage in self.stages])  # type: ignore[misc]
         count = len(self.stages)
         given = self.config.steps_per_stage if max_steps is None else max_steps
         steps = list(given) if isinstance(given, (list, tuple)) else [given] * count

@@ -74,8 +74,8 @@ class RevDEQCallback(TrainerCallback):
         self._unit = "images_per_second" if images else "tokens_per_second"
         self._least, self._rises, self._warned = math.inf, 0, False
         if self.peak_flops is None and self._layers:
-            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-            self.peak_flops = matrix_rate(args.device, half)
+            own = next(self._layers[0][1].parameters(), torch.zeros(0)).dtype  # of weights in half precision, which need no autocast
+            self.peak_flops = matrix_rate(args.device, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else own)
         self._clear()
 
     def _clear(self) -> None:
@@ -251,7 +251,11 @@ def _halve_learning_rates(optimizer: torch.optim.Optimizer, scheduler: Any) -> N
 
 @torch.no_grad()
 def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Floating-point operations per second of a large matrix product, the best of five; takes about a tenth of a second (half precision on a CPU: more)."""
+    """Floating-point operations per second of a large matrix product, the best of five; takes about a tenth of a second (half precision on a CPU: more).
+
+    Its matrices do not count in `peak_memory`.
+    """
+    before = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     size = 8192 if device.type == "cuda" else 768
     generator = torch.Generator(device).manual_seed(0)  # its own: measuring must not move the one that training draws from
     a = torch.randn(size, size, device=device, generator=generator).to(dtype)
@@ -264,6 +268,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         best = min(best, time.perf_counter() - began)
+    del a
+    if device.type == "cuda" and torch.cuda.max_memory_allocated(device) > before:  # of these matrices, then
+        torch.cuda.reset_peak_memory_stats(device)
     return 2 * size**3 / best
 
 
@@ -410,10 +417,11 @@ def residual_curve(model: nn.Module, inputs: dict[str, torch.Tensor], steps: int
 
 
 def peak_memory() -> int | None:
-    """Peak bytes of this process: allocated on the accelerator where there is one, else resident (None where the system or the device does not say)."""
+    """Peak bytes of this process: allocated on the accelerator where there is one, of several on the fullest, else resident (None where the system or the
+    device does not say)."""
     if torch.accelerator.is_available():
         tell = getattr(torch.get_device_module(), "max_memory_allocated", None)  # MPS has none
-        return None if tell is None else int(tell())
+        return None if tell is None else max(int(tell(index)) for index in range(torch.accelerator.device_count()))
     try:
         import resource
     except ImportError:  # Windows

@@ -17,7 +17,7 @@ def common(tmp_path, monkeypatch):
 
 
 def test_gradients_of_the_reversal_as_published(common):
-    importlib.import_module("gradients").main("--steps 1 3 --betas 0.8 --hidden_size 32 --length 8".split())
+    importlib.import_module("gradients").main(["--steps", "1", "3", "--betas", "0.8", "--hidden_size", "32", "--length", "8"])
     rows = common.kept("gradients")
     assert len(rows) == 2 * 2 * 2 * 3
     for row in rows:
@@ -31,7 +31,7 @@ def test_gradients_of_the_reversal_as_published(common):
 
 def test_every_kind_of_gradient_trains_and_is_tested(common):
     thinking = importlib.import_module("thinking_gradients")
-    arguments = "--steps 2 --updates 2 --hidden 8".split()
+    arguments = ["--steps", "2", "--updates", "2", "--hidden", "8"]
     thinking.main(arguments)
     rows = common.kept("thinking_gradients")
     assert [row["way"] for row in rows] == list(thinking.WAYS)

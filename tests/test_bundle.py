@@ -390,10 +390,14 @@ def test_saving_a_model_that_ran_with_other_settings_is_told(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model.save_pretrained(tmp_path)
-        model.config.beta = 0.9
-        with pytest.warns(UserWarning, match=r"beta=0\.9 \(run with 0\.[58]\)"):
+            model.config.beta = 0.9  # reaches the layers with the next call
             model.save_pretrained(tmp_path)
         for layer in layers(model):
-            layer.beta, layer.damping = 0.9, 0.5
+            layer.damping = 0.5
         with pytest.warns(UserWarning, match=r"differ: damping=0\.0 \(run with 0\.5\)\."):
             model.save_pretrained(tmp_path)
+        model.config.damping = 0.5
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.save_pretrained(tmp_path)
+        assert (type(model).from_pretrained(tmp_path).config.beta, model.config.damping) == (0.9, 0.5)

@@ -286,6 +286,19 @@ def test_the_script_runs_by_itself(language, text_file, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["curve_examples"] == 2
 
 
+def test_a_model_of_other_data_is_not_measured_on_the_built_in_ones(evaluation, language, text_file, tmp_path):
+    folder = shutil.copytree(language, tmp_path / "model")
+    words = f"python examples/train_language.py --train_file '{text_file}' --validation-file={text_file} --max_steps 2"
+    (folder / "results.json").write_text(json.dumps({"run": {"command": words}}))
+    with pytest.raises(
+        ValueError, match=f"was trained with --train_file {text_file} --validation-file {text_file}, and nothing says on which"
+    ):
+        evaluation.main([str(folder)])
+    assert not (folder / "evaluation.json").exists()
+    evaluation.main([str(folder), "--test_file", str(text_file), "--curve_steps", "1"])
+    assert (folder / "evaluation.json").exists()
+
+
 def test_the_fixed_point_of_a_text_is_shown(scripts, language, tmp_path, capsys):
     show = importlib.import_module("show_fixed_point")
     flags = ["--model", str(language), "--prompt", "a few words", "--new_tokens", "3", "--output", str(tmp_path)]

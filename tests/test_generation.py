@@ -360,7 +360,7 @@ def test_an_assistant_keeps_its_own_steps(kind):
     plain = model.generate(IDS[:1], **settings)
     assert not torch.equal(plain, model.generate(IDS[:1], **{**settings, "max_steps": 2})), "the number of steps changes nothing here"
     asked.clear()
-    assert torch.equal(model.generate(IDS[:1], assistant_model=assistant, output_solver_stats=True, **settings), plain)
+    assert torch.equal(model.generate(IDS[:1], assistant_model=assistant, **settings), plain)
     assert set(asked) == {7}
     assert set(solved) == ({2 * 2} if kind == "revdeq" else set())
 
@@ -415,3 +415,27 @@ def test_threads_with_steps_of_their_own_leave_the_configuration_as_it_is():
         sys.setswitchinterval(before)
     assert model.config.max_steps == 3
     assert model.config is model.model.config
+
+
+def test_steps_of_either_generation_config_and_of_the_call():
+    """The call's count more than those of the config given with it, and these more than those of the model's own."""
+    model = small()
+    calls = []
+    model.model.solve.register_forward_hook(lambda module, given, out: calls.append(out.evaluations // 2))
+
+    def steps(*given, **named) -> set[int]:
+        calls.clear()
+        model.generate(IDS[:1], *given, max_new_tokens=2, eos_token_id=None, do_sample=False, pad_token_id=0, **named)
+        return set(calls)
+
+    assert steps() == {model.config.max_steps}
+    model.generation_config.max_steps = 8
+    given = GenerationConfig(num_beams=1)
+    assert steps() == steps(given) == {8}
+    assert steps(max_steps=5) == steps(given, max_steps=5) == {5}
+    given.max_steps = 6
+    assert steps(given) == {6}
+    assert steps(given, max_steps=5) == {5}
+    assert (model.generation_config.max_steps, given.max_steps) == (8, 6)
+    with pytest.raises(ValueError, match=r"returns no solver statistics: call the model with the tokens"):
+        steps(output_solver_stats=True)

@@ -20,6 +20,7 @@ from revdeq_hf import (
     ReversibleFixedPoint,
 )
 from revdeq_hf.layer_revdeq import fixed_point_layers
+from revdeq_hf.training import matrix_rate, peak_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -57,6 +58,13 @@ def test_memory_is_flat():
         model.zero_grad()
     assert peaks[2] <= 1.05 * peaks[1]
     assert model.model.solve.drift == 0
+
+
+def test_measuring_the_device_s_rate_does_not_count_as_the_training_s_memory():
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    assert matrix_rate(torch.device("cuda")) > 0
+    assert peak_memory() <= before + 2**20
 
 
 @pytest.mark.parametrize(("cache", "kv_cache"), [("static", "per_evaluation"), ("static", "shared"), ("offloaded", "per_evaluation")])

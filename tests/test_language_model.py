@@ -318,6 +318,55 @@ def test_tol_of_a_call_is_that_of_a_config():
     assert (asked(IDS, output_solver_stats=True).solver_steps == 30).all()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(beta=0.8),
+        dict(tol=0.05),
+        dict(damping=0.5),
+        dict(solver="picard", gradient="backprop"),
+        dict(max_steps=5),
+        dict(max_steps=30, tol=1e-3),
+    ],
+    ids=str,
+)
+def test_what_is_set_in_the_configuration_later_is_as_if_it_had_been_so_from_the_start(settings):
+    model, made = small(), small(**settings)
+    made.load_state_dict(model.state_dict())
+    model(IDS)
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    out, expected = (each(IDS, output_solver_stats=True) for each in (model, made))
+    assert torch.equal(out.logits, expected.logits)
+    assert torch.equal(out.solver_steps, expected.solver_steps)
+    for each in (model, made):
+        each(IDS, labels=IDS).loss.backward()
+    for (name, parameter), other in zip(model.named_parameters(), made.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad), name
+
+
+def test_the_last_word_on_a_setting_counts():
+    model = small()
+    model.config.damping = 0.5
+    model(IDS)
+    model.model.solve.damping = 0.25  # one layer, later
+    model(IDS)
+    assert model.model.solve.damping == 0.25
+    model.config.damping = 0.0
+    model(IDS)
+    assert model.model.solve.damping == 0.0
+    model.config.steps_sampling = {"distribution": "uniform", "min_steps": 1, "max_steps": 4}
+    model(IDS)
+    model.config.steps_sampling["max_steps"] = 6  # in place
+    model(IDS)
+    assert model.model.solve.steps_sampling["max_steps"] == 6
+    for name, value, message in (("beta", 1.0, "must not be 1"), ("gradient", "exact", "gradient must be one of")):
+        model = small()
+        setattr(model.config, name, value)
+        with pytest.raises(ValueError, match=message):
+            model(IDS)
+
+
 def test_steps_set_in_the_layer_are_refused():
     model = small()
     model.model.solve.max_steps = 5

@@ -249,6 +249,16 @@ def test_no_token_is_kept_in_the_record_of_a_run():
         assert "--tokenizer_name gpt2" in command, command
 
 
+@pytest.mark.parametrize(
+    ("weights", "settings", "rate"), [("float32", {}, "float32"), ("bfloat16", {}, "bfloat16"), ("float32", {"bf16": True}, "bfloat16")]
+)
+def test_the_device_s_rate_is_that_of_the_dtype_computed_in(weights, settings, rate, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("revdeq_hf.training.matrix_rate", lambda device, dtype: asked.append(dtype) or 1e12)
+    train(text_model().to(getattr(torch, weights)), tmp_path, RevDEQCallback(), **settings)
+    assert asked == [getattr(torch, rate)]
+
+
 def test_peak_memory_of_a_device_that_does_not_tell(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch, "get_device_module", lambda: torch.mps)

@@ -9,7 +9,7 @@ from conftest import relative_error
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
-from revdeq_hf import RevDEQForImageClassification, RevDEQVisionBackbone, RevDEQVisionConfig, RevDEQVisionModel
+from revdeq_hf import RevDEQForImageClassification, RevDEQVisionBackbone, RevDEQVisionConfig, RevDEQVisionModel, fixed_point_layers
 
 SMALL = dict(hidden_sizes=[16, 32], expansion_ratios=[2, 1], max_steps=3, num_labels=5, image_size=8, group_width=8)
 SINGLE = dict(hidden_sizes=[16], expansion_ratios=[1], pool_size=4, stem="group_norm", residual_stages=False, initializer_range=None)
@@ -369,6 +369,22 @@ def test_tol_of_a_call_is_that_of_a_config():
     for backbone, model in zip(backbones, (own, asked), strict=True):
         backbone.load_state_dict(model.model.state_dict())
     assert torch.equal(backbones[0](IMAGES).feature_maps[-1], backbones[1](IMAGES, tol=0.05).feature_maps[-1])
+
+
+@pytest.mark.parametrize("kind", [RevDEQVisionModel, RevDEQForImageClassification, RevDEQVisionBackbone])
+def test_what_is_set_in_the_configuration_later_reaches_every_stage(kind):
+    config = RevDEQVisionConfig(hidden_sizes=[16, 16], expansion_ratios=[1, 1], group_width=8, max_steps=9)
+    model = kind(config).eval()
+    model(IMAGES)
+    model.config.tol, model.config.damping = 0.05, 0.5
+    out = model(IMAGES)
+    again = kind(model.config).eval()
+    again.load_state_dict(model.state_dict())
+    expected = again(IMAGES)
+    assert torch.equal(next(iter(out.values()))[0], next(iter(expected.values()))[0])
+    for _, layer in fixed_point_layers(model):
+        assert (layer.tol, layer.damping) == (0.05, 0.5)
+        assert layer.statistics.steps.min() < 9
 
 
 def test_steps_set_in_a_layer_are_refused():
