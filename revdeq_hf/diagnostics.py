@@ -159,8 +159,8 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
                 else f"take beta below {diagnosis.beta_limit:.3g}"
             )
             warnings.warn(
-                f"the fixed point {name!r} need not converge: its block has spectral radius k = {radius:.3g} where the solve ended, beta is {diagnosis.beta:g}, "
-                f"and theorem 3.1 asks for k < 1 and beta < 2 / (1 + k) = {diagnosis.beta_limit:.3g}; {remedy}",
+                f"the fixed point {name!r} need not converge: its block has spectral radius k = {radius:.3g} where the solve ended, beta is "
+                f"{diagnosis.beta:g}, and theorem 3.1 asks for k < 1 and beta < 2 / (1 + k) = {diagnosis.beta_limit:.3g}; {remedy}",
                 stacklevel=2,
             )
         if diagnosis.pairs:

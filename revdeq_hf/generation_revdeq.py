@@ -12,6 +12,7 @@ from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 
 from .configuration_revdeq import RevDEQConfig
+from .hub_revdeq import GENERATION_SETTINGS
 from .steps_revdeq import check_steps
 
 # How a model drafts for itself, where nothing else is asked for. A draft of the same weights is wrong where few steps differ from all, not where it is
@@ -146,7 +147,7 @@ def _showing(model: Any, name: str, value: Any) -> Iterator[None]:
 
 def without_steps(configured: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
     """The generation config, or a copy of it, without this file's own arguments, and these: transformers would take those of a call for the config's."""
-    found = {name: value for name in ("max_steps", "tol", "draft_max_steps") if (value := getattr(configured, name, None)) is not None}
+    found = {name: value for name in GENERATION_SETTINGS if (value := getattr(configured, name, None)) is not None}
     if found:
         configured = copy.deepcopy(configured)
         for name in found:

@@ -66,6 +66,9 @@ SOLVER_SETTINGS = (
     *("damping", "initial_scale", "path_noise", "num_restarts"),
 )
 
+# that are not transformers' own
+GENERATION_SETTINGS = ("max_steps", "tol", "draft_max_steps")
+
 # of these, and of what is theirs besides, a call cannot change anything
 NOT_PER_CALL = {*SOLVER_SETTINGS, "z0", "measure_mask"} - {"tol", "num_restarts"}
 
@@ -179,6 +182,9 @@ class BundledModel:
     def save_pretrained(self, save_directory, *args: Any, **kwargs: Any) -> None:
         config = self.config  # type: ignore[attr-defined]
         self._warn_of_settings_that_differ()
+        generation: Any = getattr(self, "generation_config", None)
+        if any(hasattr(generation, name) for name in GENERATION_SETTINGS):
+            generation._from_model_config = False  # else loading passes over every field that is not transformers' own
         config.model_file = self.model_file
         try:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]

@@ -417,7 +417,7 @@ def test_threads_with_steps_of_their_own_leave_the_configuration_as_it_is():
     assert model.config is model.model.config
 
 
-def test_steps_of_either_generation_config_and_of_the_call():
+def test_steps_of_either_generation_config_and_of_the_call(tmp_path):
     """The call's count more than those of the config given with it, and these more than those of the model's own."""
     model = small()
     calls = []
@@ -437,5 +437,7 @@ def test_steps_of_either_generation_config_and_of_the_call():
     assert steps(given) == {6}
     assert steps(given, max_steps=5) == {5}
     assert (model.generation_config.max_steps, given.max_steps) == (8, 6)
+    model.save_pretrained(tmp_path)  # loading once passed over what is not transformers' own
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.max_steps == 8
     with pytest.raises(ValueError, match=r"returns no solver statistics: call the model with the tokens"):
         steps(output_solver_stats=True)
