@@ -163,10 +163,12 @@ class BundledModel:
         """Sets on the fixed-point layers what was changed in the configuration since; what was set on them stays otherwise.
 
         Raises:
+            StrictDataclassError: the configuration is none that a model could be made from.
             ValueError: `max_steps` was set on a layer: a model runs, and caches for, its configuration's.
         """
         now = self._solver_settings()
         if now != self._configured:
+            self.config.validate()  # type: ignore[attr-defined]
             for layer in layers:
                 for name, value in now.items():
                     if value != self._configured[name]:
