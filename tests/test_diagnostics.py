@@ -64,7 +64,7 @@ def test_a_beta_outside_the_theorem_is_told_and_does_diverge():
 @pytest.mark.filterwarnings("ignore:values of the block beyond")
 def test_a_block_that_is_not_contractive_is_told():
     block = Affine(1.4 * torch.eye(2, dtype=torch.float64))
-    with pytest.warns(UserWarning, match=r"spectral radius 1\.4.*bound the block"):
+    with pytest.warns(UserWarning, match=r"spectral radius k = 1\.4.*bound the block"):
         found = diagnose(ReversibleFixedPoint(block, beta=0.5, max_steps=40), torch.randn(2, 2, dtype=torch.float64))
     assert found.clamped > 0, "it converges all the same"
 

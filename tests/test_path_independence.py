@@ -92,7 +92,7 @@ def test_the_residual_is_that_of_the_block_whatever_the_damping():
 
 def test_a_diagnosis_is_that_of_the_map_iterated():
     x = torch.zeros(1, 1, dtype=torch.float64)
-    with pytest.warns(UserWarning, match=r"spectral radius 1\.5 .*damping=0\.5"):
+    with pytest.warns(UserWarning, match=r"spectral radius k = 1\.5 .*damping=0\.5"):
         diagnose(ReversibleFixedPoint(TurnsOver().double(), beta=0.5), x)
     assert diagnose(ReversibleFixedPoint(TurnsOver().double(), beta=0.5, damping=0.5), x).spectral_radius.item() == pytest.approx(0.25)
 
