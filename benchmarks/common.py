@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ def kept(name: str) -> list[dict[str, str]]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def newest(rows: Iterable[dict[str, str]], *columns: str) -> list[dict[str, str]]:
+    """Of the rows that are alike in these columns the last one, in their order: what a repeated run measured anew."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        key = tuple(row[column] for column in columns)
+        found.pop(key, None)
+        found[key] = row
+    return list(found.values())
 
 
 def fit(

@@ -132,9 +132,9 @@ def main() -> None:
         "updates": options.updates,
         "tokens": options.updates * options.batch * SEQUENCE,
     }
-    finished = {(row["source"], row["start"], row["seed"], row["updates"]) for row in kept("init_from")}
+    finished = {(row["source"], row["start"], row["seed"], row["tokens"]) for row in kept("init_from")}
     for name in ("the source itself", *options.starts):
-        if (shape, name, str(options.seed), str(options.updates)) in finished:
+        if (shape, name, str(options.seed), str(settings["tokens"])) in finished:
             print(f"{name}: has a row")
             continue
         if name in STARTS:

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, interleaved, keep, kept, median, transformer_block
+from common import RESULTS, interleaved, keep, kept, median, newest, transformer_block
 from gradients import FloatReversal, float_iteration
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -532,13 +532,7 @@ def place(row: dict[str, str]) -> str:
 
 def last_run(rows: list[dict[str, str]], section: str) -> list[dict[str, str]]:
     """The newest rows of a section of each shape, precision, device and number of threads, in their order."""
-    newest: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
-        if row["section"] == section:
-            key = tuple(row[name] for name in ("f", "shape", "way", "device", "threads"))
-            newest.pop(key, None)
-            newest[key] = row
-    return list(newest.values())
+    return newest((row for row in rows if row["section"] == section), "f", "shape", "way", "device", "threads")
 
 
 def tables(rows: list[dict[str, str]]) -> str:
