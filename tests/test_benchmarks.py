@@ -29,8 +29,9 @@ def test_gradients_of_the_reversal_as_published(common):
             assert float(row["gradient_error"]) < 1e-3  # three steps do not use up its bits
 
 
-def test_every_kind_of_gradient_trains_and_is_tested(common):
+def test_every_kind_of_gradient_trains_and_is_tested(common, monkeypatch):
     thinking = importlib.import_module("thinking_gradients")
+    monkeypatch.setattr(thinking, "LONG", 34)  # bits, of a thousand strings and 128 steps
     arguments = ["--steps", "2", "--updates", "2", "--hidden", "8"]
     thinking.main(arguments)
     rows = common.kept("thinking_gradients")
