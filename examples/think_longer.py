@@ -266,7 +266,7 @@ class ThinkingArguments(TrainingArguments):
     muon_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate of Muon for the matrices, AdamW having the rest. Default: 0.005, of permutations 0.01, of mazes and Sudoku 0, AdamW alone."
+            "help": "Peak learning rate of Muon for the matrices, AdamW having the rest. Default: 0.005, of permutations 0.01, of others 0: AdamW alone."
         },
     )
 
