@@ -98,8 +98,16 @@ def refuse_other_data(folder: Path, data: Any) -> None:
     record = folder / "results.json"
     if any(getattr(data, name, None) for name in SOURCES) or not record.is_file():
         return
-    words = [part for word in shlex.split(json.loads(record.read_text(encoding="utf-8"))["run"]["command"]) for part in word.split("=", 1)]
-    named = [f"{flag} {value}" for flag, value in itertools.pairwise(words) if flag.lstrip("-").replace("-", "_") in SOURCES]
+    found = json.loads(record.read_text(encoding="utf-8"))
+    run = found.get("run") if isinstance(found, dict) else None
+    command = run.get("command") if isinstance(run, dict) else None
+    if not command:  # of another program
+        return
+    words = [part for word in shlex.split(command) for part in word.split("=", 1)]
+    flags = {f"--{name}" for name in SOURCES}
+    named = [
+        f"{flag} {value}" for flag, value in itertools.pairwise(words) if "--" + flag[2:].replace("-", "_") in flags and flag[:2] == "--"
+    ]
     if named:
         raise ValueError(
             f"{str(folder)!r} was trained with {' '.join(named)}, and nothing says on which data it is to be measured: give these flags again, or others"

@@ -5,7 +5,7 @@ from accelerate.utils import broadcast
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from revdeq_hf.checkpoints import ResumableTrainer, TrainingClock
+from revdeq_hf.checkpoints import ResumableTrainer
 
 MAX_MINUTES = (
     "Stop training after so many minutes, evaluations and checkpoints on the way included. The learning rate follows the share "
@@ -21,15 +21,15 @@ def check_minutes(minutes: float | None) -> None:
 class TimeLimit(TrainerCallback):
     """Stops training after some minutes, those before an interruption included; rank 0's clock counts."""
 
-    def __init__(self, minutes: float, clock: TrainingClock) -> None:
-        self.minutes, self.clock, self.seconds = minutes, clock, 0.0
+    def __init__(self, minutes: float, trainer: ResumableTrainer) -> None:
+        self.minutes, self.trainer, self.seconds = minutes, trainer, 0.0
 
     @property
     def share(self) -> float:
         return self.seconds / (60 * self.minutes)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:  # before the scheduler's step
-        self.seconds = float(broadcast(torch.tensor(self.clock.seconds, device=args.device)))
+        self.seconds = float(broadcast(torch.tensor(self.trainer.clock.seconds, device=args.device)))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self.share >= 1:
@@ -41,7 +41,7 @@ class TimedTrainer(ResumableTrainer):
 
     def __init__(self, *arguments, **kwargs) -> None:
         super().__init__(*arguments, **kwargs)
-        self.limit = None if self.args.max_minutes is None else TimeLimit(self.args.max_minutes, self.clock)
+        self.limit = None if self.args.max_minutes is None else TimeLimit(self.args.max_minutes, self)
         if self.limit is not None:
             self.add_callback(self.limit)
 

@@ -170,14 +170,14 @@ class TrainingClock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         # a checkpoint that was written without a clock knows of none
-        self.earlier = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]["seconds"]
+        self.earlier = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]["earlier"]
         self.began = time.perf_counter()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.began = None
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
+        return {"args": {}, "attributes": {"earlier": self.seconds}}
 
 
 class ResumableTrainer(Trainer):
@@ -205,10 +205,14 @@ class ResumableTrainer(Trainer):
                 f"one process sees {self.args.n_gpu} accelerators, of which Trainer would make an nn.DataParallel, whose copies of the weights get no exact "
                 f"gradient: start one process for each (torchrun --nproc_per_node {self.args.n_gpu} SCRIPT ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
             )
-        self.clock = TrainingClock()
-        self.add_callback(self.clock)
+        self.add_callback(TrainingClock())
         if self.args.push_to_hub:
             self.add_callback(BundleCallback())
+
+    @property
+    def clock(self) -> TrainingClock:
+        """That of the callbacks, which `restore_callback_states_from_checkpoint` makes anew."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, TrainingClock))
 
     def log(self, logs: dict[str, float], *arguments: Any, **kwargs: Any) -> None:
         if "train_runtime" in logs:
@@ -228,7 +232,10 @@ class ResumableTrainer(Trainer):
             if config is not None:  # a plain module has none
                 check_same_model(config, found)
             resume_from_checkpoint = found
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.clock.began = None  # of a training that failed, too
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of the micro-batch just trained on: Trainer's own `total_flos` takes a loop for a single evaluation."""

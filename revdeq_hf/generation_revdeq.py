@@ -51,7 +51,7 @@ class RevDEQGenerationMixin(GenerationMixin):
         if generation_config is not None:
             configured, asked = without_steps(generation_config)
             found |= asked
-        if kwargs.get("output_solver_stats"):
+        if kwargs.pop("output_solver_stats", None):
             raise ValueError(
                 "generate returns no solver statistics: call the model with the tokens, model(generated, output_solver_stats=True), whose steps and "
                 "residuals of each are those of its generation"
@@ -147,12 +147,12 @@ def _showing(model: Any, name: str, value: Any) -> Iterator[None]:
 
 def without_steps(configured: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
     """The generation config, or a copy of it, without this file's own arguments, and these: transformers would take those of a call for the config's."""
-    found = {name: value for name in GENERATION_SETTINGS if (value := getattr(configured, name, None)) is not None}
+    found = {name: getattr(configured, name) for name in GENERATION_SETTINGS if hasattr(configured, name)}
     if found:
         configured = copy.deepcopy(configured)
         for name in found:
             delattr(configured, name)
-    return configured, found
+    return configured, {name: value for name, value in found.items() if value is not None}
 
 
 def with_steps(config: RevDEQConfig, steps: int) -> RevDEQConfig:

@@ -169,10 +169,10 @@ class BundledModel:
         now = self._solver_settings()
         if now != self._configured:
             self.config.validate()  # type: ignore[attr-defined]
-            for layer in layers:
+            for layer in _layers_of(self):  # not of what they may be wrapped in, where it would stay
                 for name, value in now.items():
                     if value != self._configured[name]:
-                        setattr(layer, name, value)
+                        setattr(layer, name, dict(value) if isinstance(value, dict) else value)
             self._configured = now
         steps = [layer.max_steps for layer in layers]
         if steps != self._layers_steps:
@@ -195,13 +195,15 @@ class BundledModel:
 
     def _warn_of_settings_that_differ(self) -> None:
         """What is saved is the configuration, and what has been run are the layers, on which other settings may have been set."""
-        configured = self.base_model._configured  # type: ignore[attr-defined]
-        differ = {}
-        for module in self.modules():  # type: ignore[attr-defined]
-            if type(module).__name__ == "ReversibleFixedPoint":  # a configuration saved alone would take the class's files along
+        config, differ = self.config, {}  # type: ignore[attr-defined]
+        following = [part for part in self.modules() if hasattr(part, "_configured") and part.config is config]  # type: ignore[attr-defined]
+        configured = {id(layer): part._configured for part in following for layer in _layers_of(part)}
+        for module in _layers_of(self):
+            if all(hasattr(config, name) for name in SOLVER_SETTINGS):
                 for name, saved in self._solver_settings().items():
                     used = getattr(module, name)
-                    reaches = saved != configured[name] or name == "drift_policy"  # with the next call; or it changes no result
+                    # with the next call; or it changes no result
+                    reaches = name == "drift_policy" or saved != configured.get(id(module), {}).get(name, saved)
                     if saved != used and not reaches and not (name == "beta" and abs(saved - used) < 1e-6):  # a nearby fraction
                         differ[name] = f"{name}={saved!r} (run with {used!r})"
         if differ:
@@ -216,6 +218,11 @@ class BundledModel:
         """As transformers', for classes derived from ours, whose file is then saved too. Ours, which it registers as it loads them, need none of it."""
         if not _is_ours(f"{cls.__module__.split('.')[-1]}.{cls.__name__}"):
             super().register_for_auto_class(auto_class)  # type: ignore[misc]
+
+
+def _layers_of(model: Any) -> list[Any]:
+    """The fixed-point layers, by the name of their class (also FSDP2's): a configuration saved alone would take the class's files along."""
+    return [module for module in model.modules() if type(module).__name__ in ("ReversibleFixedPoint", "FSDPReversibleFixedPoint")]
 
 
 def _is_ours(class_reference: Any) -> bool:

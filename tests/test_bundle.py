@@ -15,11 +15,13 @@ from conftest import awake
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import check_python_requirements
 
 import revdeq_hf
-from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, hub_revdeq
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQModel, RevDEQVisionConfig, hub_revdeq
+from revdeq_hf.modeling_revdeq import RevDEQPreTrainedModel
 
 ROOT = Path(__file__).parents[1]
 LANGUAGE = dict(
@@ -401,3 +403,25 @@ def test_saving_a_model_that_ran_with_other_settings_is_told(tmp_path):
             warnings.simplefilter("error")
             model.save_pretrained(tmp_path)
         assert (type(model).from_pretrained(tmp_path).config.beta, model.config.damping) == (0.9, 0.5)
+
+
+def test_settings_reach_wrapped_layers_and_saving_knows_whose_they_are(tmp_path):
+    """Where the body has another name, the layer is wrapped, or the head has got a configuration of its own."""
+
+    class Mine(RevDEQPreTrainedModel):
+        def __init__(self, config: RevDEQConfig) -> None:
+            super().__init__(config)
+            self.encoder = RevDEQModel(config)
+
+    config = RevDEQConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_attention_heads=2)
+    Mine(config).save_pretrained(tmp_path / "mine")
+    model = RevDEQForCausalLM(config)
+    inner, ids = model.model.solve, torch.arange(6)[None]
+    model.model.solve = checkpoint_wrapper(inner)
+    model.config.damping = 0.25
+    model(ids)
+    assert inner.damping == 0.25
+    model.model.solve = inner
+    model.config = RevDEQConfig(**{**config.to_diff_dict(), "damping": 0.75})  # the body keeps its own
+    with pytest.warns(UserWarning, match=r"differ: damping=0\.75 \(run with 0\.25\)"):
+        model.save_pretrained(tmp_path / "other")

@@ -167,6 +167,17 @@ def test_a_checkpoint_of_another_model_is_refused_before_a_step(run, settings):
         other.train(resume_from_checkpoint=str(run / "checkpoint-4"))
 
 
+def test_the_clock_stands_still_after_a_training_that_failed(tmp_path, monkeypatch):
+    failing = trainer(tmp_path, steps=1)
+    monkeypatch.setattr(failing, "training_step", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.train()
+    assert failing.clock.seconds == 0
+    monkeypatch.undo()
+    metrics = failing.train().metrics
+    assert metrics["train_seconds"] == metrics["train_runtime"]
+
+
 def test_one_process_of_several_accelerators_is_refused(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     arguments._n_gpu = 2  # what a machine with two accelerators gives

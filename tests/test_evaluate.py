@@ -295,6 +295,9 @@ def test_a_model_of_other_data_is_not_measured_on_the_built_in_ones(evaluation, 
     ):
         evaluation.main([str(folder)])
     assert not (folder / "evaluation.json").exists()
+    for other in ([], {"run": None}, {"run": {"command": "python mine.py --output_dir train_file --max_steps 2"}}):
+        (folder / "results.json").write_text(json.dumps(other))
+        evaluation.refuse_other_data(folder, evaluation.text_arguments([])[1])
     evaluation.main([str(folder), "--test_file", str(text_file), "--curve_steps", "1"])
     assert (folder / "evaluation.json").exists()
 

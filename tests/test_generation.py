@@ -439,5 +439,8 @@ def test_steps_of_either_generation_config_and_of_the_call(tmp_path):
     assert (model.generation_config.max_steps, given.max_steps) == (8, 6)
     model.save_pretrained(tmp_path)  # loading once passed over what is not transformers' own
     assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.max_steps == 8
+    given.max_steps = model.generation_config.max_steps = None  # unset
+    assert steps(given) == {model.config.max_steps}
+    assert steps(max_steps=5) == steps(given, max_steps=5, output_solver_stats=False) == {5}
     with pytest.raises(ValueError, match=r"returns no solver statistics: call the model with the tokens"):
         steps(output_solver_stats=True)

@@ -429,10 +429,10 @@ def test_a_resumed_run_has_the_minutes_that_are_left(image, folder, tmp_path):
     shutil.copytree(tmp_path, tmp_path / "unlimited")
     path = tmp_path / "checkpoint-2" / "trainer_state.json"
     state = json.loads(path.read_text())
-    assert 0 < state["stateful_callbacks"]["TrainingClock"]["attributes"]["seconds"] < first["train_seconds"]
-    state["stateful_callbacks"]["TrainingClock"]["attributes"]["seconds"] = 299.9999
+    assert 0 < state["stateful_callbacks"]["TrainingClock"]["attributes"]["earlier"] < first["train_seconds"]
+    state["stateful_callbacks"]["TrainingClock"]["attributes"]["earlier"] = 299.9999
     path.write_text(json.dumps(state))
-    then = image.main([*arguments, "--resume_from_checkpoint", "true"])
+    then = image.main([*arguments, "--resume_from_checkpoint", "true", "--restore_callback_states_from_checkpoint", "true"])
     assert then["updates"] == 3
     assert 300 < then["train_seconds"] < 330  # of both parts
     (logged,) = (entry for entry in json.loads((tmp_path / "trainer_state.json").read_text())["log_history"] if "train_runtime" in entry)
