@@ -279,8 +279,11 @@ class Evaluator:
         self._changed = [buffer for buffer in buffers if buffer.moved]
         moved = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
         # where nothing trains it may have been another thread, whose numbers must not be drawn twice
-        self._doubted = moved and not (self.compiled or torch.is_grad_enabled() or any(m.training for m in self.block.modules()))
-        self.random = moved and not self._doubted
+        quiet = not (self.compiled or torch.is_grad_enabled() or any(m.training for m in self.block.modules()))
+        # one more call of the block would go on to the next slot of a cache, and a model that decodes in eval mode draws nothing
+        cached = any(hasattr(value, "next_evaluation") for value in self.template[2].values())
+        self._doubted = moved and quiet and not cached
+        self.random = moved and not quiet
         if any(t._version != version for t, version in zip(inputs, versions, strict=True)):
             raise ValueError(
                 "the block changes one of its inputs in place, so a second evaluation would meet another map; "

@@ -444,3 +444,17 @@ def test_steps_of_either_generation_config_and_of_the_call(tmp_path):
     assert steps(max_steps=5) == steps(given, max_steps=5, output_solver_stats=False) == {5}
     with pytest.raises(ValueError, match=r"returns no solver statistics: call the model with the tokens"):
         steps(output_solver_stats=True)
+
+
+def test_another_thread_that_draws_meanwhile_leaves_the_cache_alone():
+    """Whether a block draws was found out by one more call of it, which went on to the next slot of the cache."""
+    model = small()
+    settings = dict(max_new_tokens=4, eos_token_id=None, do_sample=False, pad_token_id=0)
+    plain = model.generate(IDS[:1], **settings)
+
+    def draw(*_) -> None:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(torch.rand, 1).result()
+
+    model.model.solve.block.register_forward_pre_hook(draw)
+    assert torch.equal(model.generate(IDS[:1], **settings), plain)
