@@ -31,8 +31,9 @@ from revdeq_hf.training import fixed_point_layers, print_table, residual_curve, 
 
 USAGE = "usage: python examples/evaluate.py MODEL [--help] [flags]     (MODEL: the folder of a saved model, or its name on the Hub)"
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-# flags of the training scripts' data that change nothing here
+# flags of the training scripts that name data
 SOURCES = ("dataset_name", "train_file", "validation_file", "test_file", "train_dir", "validation_dir")
+# flags of the training scripts' data that change nothing here
 TRAINING_ONLY = {
     "text-generation": ("vocab_size", "block_size", "pack", "streaming", "shuffle_buffer", "max_train_rows", "prompt", "sample_tokens"),
     "image-classification": ("flip", "crop_padding", "cutout", "erasing", "mixup", "cutmix", "max_train_images"),
@@ -104,10 +105,8 @@ def refuse_other_data(folder: Path, data: Any) -> None:
     if not command:  # of another program
         return
     words = [part for word in shlex.split(command) for part in word.split("=", 1)]
-    flags = {f"--{name}" for name in SOURCES}
-    named = [
-        f"{flag} {value}" for flag, value in itertools.pairwise(words) if "--" + flag[2:].replace("-", "_") in flags and flag[:2] == "--"
-    ]
+    pairs = itertools.pairwise(words)
+    named = [f"{flag} {value}" for flag, value in pairs if flag.startswith("--") and flag[2:].replace("-", "_") in SOURCES]
     if named:
         raise ValueError(
             f"{str(folder)!r} was trained with {' '.join(named)}, and nothing says on which data it is to be measured: give these flags again, or others"
