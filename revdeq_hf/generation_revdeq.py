@@ -46,29 +46,37 @@ class RevDEQGenerationMixin(GenerationMixin):
         Raises:
             ValueError: `draft_max_steps` is not below the steps of a full solve; `output_solver_stats`; or what transformers' `generate` raises.
         """
-        own, found = without_steps(self.generation_config)
-        configured = own
-        if generation_config is not None:
-            configured, asked = without_steps(generation_config)
-            found |= asked
         if kwargs.pop("output_solver_stats", None):
             raise ValueError(
                 "generate returns no solver statistics: call the model with the tokens, model(generated, output_solver_stats=True), whose steps and "
                 "residuals of each are those of its generation"
             )
-        drafted = found.pop("draft_max_steps", None)
-        draft_max_steps = drafted if draft_max_steps is None else draft_max_steps
-        kwargs |= {name: value for name, value in found.items() if kwargs.get(name) is None}
         if draft_max_steps is not None:
-            steps = check_steps(kwargs.get("max_steps") or self.config.max_steps)
-            draft_max_steps = check_steps(draft_max_steps, "draft_max_steps")
-            if draft_max_steps >= steps:
+            kwargs["draft_max_steps"] = draft_max_steps
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs) -> tuple[GenerationConfig, dict[str, Any]]:
+        """transformers' merging of the configs (of the call over given over the model's own), which takes a call's argument that is a field of one of them
+        for the config's. This file's own arguments go on to the model in either case; None is not set."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in GENERATION_SETTINGS or value is not None}
+        given = [config for config in (generation_config, self.generation_config) if config is not None]
+        unset = {
+            name: value
+            for name, value in DRAFTING.items()
+            if name not in kwargs and all(getattr(config, name) is None for config in given)
+        }
+        merged, found = super()._prepare_generation_config(generation_config, **kwargs)
+        for name in GENERATION_SETTINGS:
+            value = merged.__dict__.pop(name, None)
+            if value is not None:
+                found[name] = value
+        draft_max_steps = found.pop("draft_max_steps", None)
+        if draft_max_steps is not None and not merged.is_assistant:  # a draft has none of its own
+            steps = check_steps(found.get("max_steps", self.config.max_steps))
+            if check_steps(draft_max_steps, "draft_max_steps") >= steps:
                 raise ValueError(f"draft_max_steps must be below the steps of a full solve, got {draft_max_steps} and max_steps={steps}")
-            kwargs["assistant_early_exit"] = draft_max_steps
-            kwargs |= {name: value for name, value in DRAFTING.items() if name not in kwargs and getattr(configured, name) is None}
-        # transformers takes a keyword that the model's generation config has, too, for one of that
-        with contextlib.nullcontext() if own is self.generation_config else _showing(self, "generation_config", own):
-            return super().generate(inputs, None if generation_config is None else configured, *args, **kwargs)
+            merged.update(assistant_early_exit=draft_max_steps, **unset)
+        return merged, found
 
     def _get_candidate_generator(
         self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, *args, **kwargs
@@ -143,16 +151,6 @@ def _showing(model: Any, name: str, value: Any) -> Iterator[None]:
             yield
         finally:
             setattr(model, name, own)
-
-
-def without_steps(configured: GenerationConfig) -> tuple[GenerationConfig, dict[str, Any]]:
-    """The generation config, or a copy of it, without this file's own arguments, and these: transformers would take those of a call for the config's."""
-    found = {name: getattr(configured, name) for name in GENERATION_SETTINGS if hasattr(configured, name)}
-    if found:
-        configured = copy.deepcopy(configured)
-        for name in found:
-            delattr(configured, name)
-    return configured, {name: value for name, value in found.items() if value is not None}
 
 
 def with_steps(config: RevDEQConfig, steps: int) -> RevDEQConfig:

@@ -1,6 +1,7 @@
 """Generation: every cache equals no cache, stopping token by token, shared slots, a model that drafts for itself."""
 
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -415,6 +416,22 @@ def test_threads_with_steps_of_their_own_leave_the_configuration_as_it_is():
         sys.setswitchinterval(before)
     assert model.config.max_steps == 3
     assert model.config is model.model.config
+
+
+def test_generations_with_steps_of_the_generation_config_run_side_by_side():
+    """One lock was once held for the whole of such a call, so that whoever waited for another one's tokens waited for ever."""
+    model, meeting = contractive(max_steps=3), threading.Barrier(2)
+    model.generation_config.max_steps = 4
+
+    def meet(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        meeting.wait(timeout=60)
+        return scores
+
+    settings = dict(max_new_tokens=2, do_sample=False, pad_token_id=0, eos_token_id=None)
+    alone = model.generate(IDS[:1], **settings)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: model.generate(IDS[:1], logits_processor=[meet], **settings), range(2)))
+    assert all(torch.equal(ids, alone) for ids in found)
 
 
 def test_steps_of_either_generation_config_and_of_the_call(tmp_path):
