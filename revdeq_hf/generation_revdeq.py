@@ -61,9 +61,7 @@ class RevDEQGenerationMixin(GenerationMixin):
         kwargs = {name: value for name, value in kwargs.items() if name not in GENERATION_SETTINGS or value is not None}
         given = [config for config in (generation_config, self.generation_config) if config is not None]
         unset = {
-            name: value
-            for name, value in DRAFTING.items()
-            if name not in kwargs and all(getattr(config, name) is None for config in given)
+            name: value for name, value in DRAFTING.items() if name not in kwargs and all(getattr(config, name) is None for config in given)
         }
         merged, found = super()._prepare_generation_config(generation_config, **kwargs)
         for name in GENERATION_SETTINGS:
