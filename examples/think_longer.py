@@ -59,6 +59,8 @@ from revdeq_hf.training import RevDEQCallback, greatest_drift, peak_memory, run_
 
 Figures = dict[str, Any]
 SOLVER = ("beta", "damping", "num_restarts", "gradient", "initial_scale", "path_noise")  # flags that a layer takes as they are
+OF_STEPS = ("tol", "test_damping", "test_views")  # of tests of a fixed point; the others are what a comparison of networks shares
+OF_TRAINING = ("train_steps", "gradient", "path_noise", "learning_rate", "muon_learning_rate")
 
 
 @dataclass(frozen=True)
@@ -303,7 +305,7 @@ def refuse_idle_flags(given: set[str], options: NetworkArguments, data: ProblemA
     if options.model_name_or_path:
         refuse_idle(given, ("hidden_size", "depth", "block_type"), f"{options.model_name_or_path!r} has a network already")
     if options.network == "stack":
-        refuse_idle(given, (*SOLVER, "train_steps", "block_type", "residual_weight"), "a stack has no fixed point")
+        refuse_idle(given, (*SOLVER, *OF_STEPS, "train_steps", "block_type", "residual_weight"), "a stack has no fixed point")
     else:
         refuse_idle(given, ["depth"], "it is that of --network stack")
     if problem.model is not RevDEQForSemanticSegmentation:
@@ -313,7 +315,7 @@ def refuse_idle_flags(given: set[str], options: NetworkArguments, data: ProblemA
     if not trains:
         refuse_idle(
             given,
-            ("train_size", "train_count", "train_guises", "tiles", "label_weights", "residual_weight"),
+            (*OF_TRAINING, "train_size", "train_count", "train_guises", "tiles", "label_weights", "residual_weight"),
             "--max_steps 0 trains nothing",
         )
     if data.test_file:

@@ -502,6 +502,11 @@ def refuse_idle_flags(given: set[str], options: ModelArguments, data: DataArgume
         refuse_idle(given, (*SOLVER, *BLOCK), f"a model of type {kind!r} has no fixed point")
     elif not options.model_name_or_path:
         refuse_idle(given, ["num_hidden_layers"], "the layers of a revdeq follow from --num_block_layers and --solver_steps")
+    if kind != "revdeq" and not options.model_name_or_path:
+        known = AutoConfig.for_model(kind)
+        refuse_idle(given, [name for name in WIDTHS if not hasattr(known, name)], f"a model of type {kind!r} has no such setting")
+    if not data.streaming:
+        refuse_idle(given, ["shuffle_buffer"], "it is that of --streaming true")
 
 
 def build_model(options: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> torch.nn.Module:

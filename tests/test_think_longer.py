@@ -37,7 +37,7 @@ def flags(**settings) -> list[str]:
     idle = {"hidden_size"} if "model_name_or_path" in settings else set()
     idle |= {"train_steps"} if settings.get("network") == "stack" else set()
     idle |= set() if str(settings.get("problem")).startswith("sudoku") else {"train_guises"}
-    idle |= {"train_guises", "train_count"} if settings.get("max_steps") == 0 else set()
+    idle |= {"train_guises", "train_count", "train_steps"} if settings.get("max_steps") == 0 else set()
     words = []
     for name, value in {**{name: value for name, value in TINY.items() if name not in idle}, **settings}.items():
         words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -328,6 +328,8 @@ def test_labels_that_weigh_more(think, tmp_path):
             "--hidden_size, --block_type would have no effect: 'runs/x' has",
         ),
         (dict(network="stack", train_steps=[4], beta=0.5), "--beta, --train_steps would have no effect: a stack has no fixed point"),
+        (dict(network="stack", tol=1e-2, test_views=4), "--tol, --test_views would have no effect: a stack has no fixed point"),
+        (dict(max_steps=0, model_name_or_path="runs/x", learning_rate=1), "--learning_rate.* would have no effect: --max_steps 0 trains"),
         (dict(depth=3), "--depth would have no effect: it is that of --network stack. Leave it out"),
         (dict(problem="permutations", block_type="paper"), "the network of permutations has a block of its own"),
         (dict(train_guises=2), "--train_guises would have no effect: --problem prefix_sums is no Sudoku"),
