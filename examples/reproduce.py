@@ -447,9 +447,8 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
             ]
             line(quality, curves, marker="o", **style)
             quality.set(xlabel="evaluations of the block (of a stage)", ylabel=f"{key} on the test data")
-        else:
-            key = "accuracy" if "accuracy" in records[0]["evaluation"] else "loss"
-            quality.axhline(statistics.mean(record["evaluation"][key] for record in records), **style)
+        elif found := [value for record in records if (value := at(record, "evaluation.accuracy|accuracy|evaluation.loss")) is not None]:
+            quality.axhline(statistics.mean(found), **style)
     loss.set(xlabel="update", ylabel="loss in training", title="Training")
     quality.set(title=recipe.title)
     quality.set_xscale("log", base=2)

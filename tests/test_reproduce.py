@@ -462,16 +462,17 @@ def test_tables_of_the_pages_are_those_of_the_files(page):
 
 
 @pytest.mark.parametrize("name", [name for name in reproduce.names() if (reproduce.RESULTS / name).is_dir()])
-def test_kept_results_are_those_of_the_recipe(name):
-    """A results file tells of the recipe as it stands: its variant exists, and its command has the variant's flags."""
+def test_kept_results_are_those_of_the_recipe(name, tmp_path):
+    """A results file tells of the recipe as it stands: its variant exists, and its command has the variant's flags. What is there can be drawn."""
     recipe = reproduce.load(name)
     files = list((reproduce.RESULTS / name).glob("*.json"))
     records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     assert sum(map(len, reproduce.kept(recipe, reproduce.RESULTS).values())) == len(files)
+    elsewhere = (*reproduce.SOURCES, *reproduce.OF_THE_SOURCE, *reproduce.FOR_ACCELERATORS)  # as the place of the run had it
     for record in records:
         _, settings = recipe.settings(record["variant"])
         run = reproduce.given(record["command"].split()[2:])
-        for flag, value in reproduce.without(settings, (*reproduce.SOURCES, *reproduce.FOR_ACCELERATORS)).items():
+        for flag, value in reproduce.without(settings, elsewhere).items():
             if not isinstance(value, dict):
                 assert run[flag] == reproduce.flags({flag: value})[1:], (record["variant"], flag)
         assert "dirty" not in record["commit"]
@@ -479,3 +480,5 @@ def test_kept_results_are_those_of_the_recipe(name):
         if record["variant"].startswith(("equilibrium", "exact", "beta", "modern", "paper")):
             assert record["greatest_drift"] == 0
     assert reproduce.table(recipe, reproduce.RESULTS).count("\n") >= 2
+    reproduce.plot(recipe, reproduce.RESULTS, tmp_path / "plot.png")  # also where nothing but the training was measured
+    assert (tmp_path / "plot.png").is_file()
