@@ -58,16 +58,16 @@ class RevDEQGenerationMixin(GenerationMixin):
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs) -> tuple[GenerationConfig, dict[str, Any]]:
         """transformers' merging of the configs (of the call over given over the model's own), which takes a call's argument that is a field of one of them
         for the config's. This file's own arguments go on to the model in either case; None is not set."""
-        kwargs = {name: value for name, value in kwargs.items() if name not in GENERATION_SETTINGS or value is not None}
+        asked = {name: kwargs.pop(name, None) for name in GENERATION_SETTINGS}
         given = [config for config in (generation_config, self.generation_config) if config is not None]
         unset = {
             name: value for name, value in DRAFTING.items() if name not in kwargs and all(getattr(config, name) is None for config in given)
         }
         merged, found = super()._prepare_generation_config(generation_config, **kwargs)
-        for name in GENERATION_SETTINGS:
-            value = merged.__dict__.pop(name, None)
-            if value is not None:
-                found[name] = value
+        for name, value in asked.items():
+            configured = merged.__dict__.pop(name, None)
+            if value is not None or configured is not None:
+                found[name] = configured if value is None else value
         draft_max_steps = found.pop("draft_max_steps", None)
         if draft_max_steps is not None and not merged.is_assistant:  # a draft has none of its own
             steps = check_steps(found.get("max_steps", self.config.max_steps))

@@ -168,7 +168,9 @@ def test_language_models_train_without_drift(backend, precision, compiled):
     if compiled and backend == SDPBackend.FLASH_ATTENTION:
         pytest.skip("transformers makes a mask in compiled models, which this kernel does not take")
     torch.manual_seed(0)
-    config = RevDEQConfig(vocab_size=512, hidden_size=128, intermediate_size=384, num_attention_heads=2, max_steps=6, beta=0.8, hidden_dropout=0.1)
+    config = RevDEQConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=384, num_attention_heads=2, max_steps=6, beta=0.8, hidden_dropout=0.1
+    )
     model = awake(RevDEQForCausalLM(config)).cuda()
     ids = torch.randint(0, 512, (4, 129), device="cuda")
     with sdpa_kernel(backend):
