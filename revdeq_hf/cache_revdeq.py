@@ -10,9 +10,25 @@ Slots are ordered: prelude layers, the fixed point's, coda layers; `config.num_h
 """
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# how transformers calls a cache in arguments and outputs: "past_key_values", and from 5.24 on "cache"
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache of a call, which may be given by either name.
+
+    Raises:
+        ValueError: by both.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument, got both; pass one of them")
+    return past_key_values if cache is None else cache
 
 
 class EvaluationSlots:

@@ -70,7 +70,7 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
     """
 
     model_type = "revdeq"
-    keys_to_ignore_at_inference = ["past_key_values", "solver_steps", "solver_residual"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "solver_steps", "solver_residual"]
     base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",
         "solve": "free_full_weight",

@@ -40,7 +40,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .block_revdeq import RevDEQAttention, RevDEQLayer, RevDEQTransformerBlock
-from .cache_revdeq import EvaluationSlots, SharedSlots, check_slots
+from .cache_revdeq import CACHE_NAME, EvaluationSlots, SharedSlots, check_slots, one_cache
 from .configuration_revdeq import RevDEQConfig
 from .generation_revdeq import RevDEQGenerationMixin, with_steps
 from .hub_revdeq import BundledModel, refuse_settings
@@ -152,7 +152,7 @@ class RevDEQPreTrainedModel(BundledModel, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReversibleFixedPoint"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -269,9 +269,14 @@ class RevDEQModel(RevDEQPreTrainedModel):
         max_steps: int | None = None,
         tol: float | None = None,
         output_trajectory: bool = False,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQModelOutput:
         r"""
+        past_key_values (`Cache`, *optional*):
+            Keys and values of the tokens before these.
+        cache (`Cache`, *optional*):
+            The same by its name from transformers 5.24 on; both names can be used with any version.
         max_steps (`int`, *optional*):
             Steps of the solve, instead of `config.max_steps`. A cache of `kv_cache="per_evaluation"` serves one number of steps only.
         tol (`float`, *optional*):
@@ -288,6 +293,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         refuse_settings(kwargs)
+        past_key_values = one_cache(cache, past_key_values)
         self._follow_configuration([self.solve])
         steps = self.config.max_steps if max_steps is None else check_steps(max_steps)
         embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
@@ -316,13 +322,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         new_positions = torch.arange(embeds.shape[1], device=embeds.device) + seen  # a static cache counts on the device
         positions = new_positions.unsqueeze(0) if position_ids is None else position_ids
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            past_key_values=given,  # not a new one: with it, packed sequences would not be told apart, as they are in training
-            position_ids=position_ids,  # only given ones can be of packed sequences, for which the host would wait
-        )
+        # not with a new cache: packed sequences would not be told apart, as they are in training; and only given positions can be of packed sequences,
+        # for which the host would wait
+        attention_mask = create_causal_mask(self.config, embeds, attention_mask, given, position_ids)
         if self.config.block_type == "paper":
             hidden_states = embeds + self._embed_positions(positions)
             rotary = None
@@ -354,7 +356,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             after = EvaluationSlots(past_key_values, first, 0)
         return RevDEQModelOutput(
             last_hidden_state=self._read_out(solution.z, after, attention),
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             solver_steps=solution.steps,
             solver_residual=solution.residual,
             trajectory=tuple(self._read_out(z, None, attention) for z in solution.trajectory) if output_trajectory else None,
@@ -477,9 +479,14 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         tol: float | None = None,
         output_solver_stats: bool = False,
         skip_logits: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQCausalLMOutput:
         r"""
+        past_key_values (`Cache`, *optional*):
+            Keys and values of the tokens before these.
+        cache (`Cache`, *optional*):
+            The same by its name from transformers 5.24 on; both names can be used with any version.
         max_steps (`int`, *optional*):
             Steps of the solve, instead of `config.max_steps`. A cache of `kv_cache="per_evaluation"` serves one number of steps only.
         tol (`float`, *optional*):
@@ -505,7 +512,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             max_steps=max_steps,
@@ -530,7 +537,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         return RevDEQCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             solver_steps=outputs.solver_steps if output_solver_stats else None,
@@ -583,6 +590,7 @@ class _LabelledHead:
         tol: float | None = None,
         output_solver_stats: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ModelOutput:
         """As transformers' generic head, and
@@ -592,7 +600,8 @@ class _LabelledHead:
             output_solver_stats: whether to return `solver_steps` and `solver_residual`, (batch, seq), or (batch,) with `config.is_causal=False`.
             num_items_in_batch: labels other than -100 in all micro-batches of an update, as Trainer counts them, see `share_of_batch`.
         """
-        inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
+        inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids)
+        inputs[CACHE_NAME] = one_cache(cache, past_key_values)
         inputs |= dict(inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, max_steps=max_steps, tol=tol, return_dict=True)
         outputs = super().forward(input_ids, **inputs, **kwargs)  # type: ignore[misc]
         if labels is not None:
@@ -668,10 +677,12 @@ class RevDEQForQuestionAnswering(GenericForQuestionAnswering, RevDEQPreTrainedMo
         max_steps: int | None = None,
         tol: float | None = None,
         output_solver_stats: bool = False,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RevDEQQuestionAnsweringOutput:
         """As transformers' generic head, and `max_steps`, `tol` and `output_solver_stats` as in the other heads."""
-        inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
+        inputs: dict[str, Any] = dict(attention_mask=attention_mask, position_ids=position_ids)
+        inputs[CACHE_NAME] = one_cache(cache, past_key_values)
         inputs |= dict(
             inputs_embeds=inputs_embeds,
             start_positions=start_positions,

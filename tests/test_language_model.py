@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
-from conftest import awake
+from conftest import awake, relative_error
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, pipeline
 
-from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQModel, modeling_revdeq
+from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForTokenClassification, RevDEQModel, modeling_revdeq
+from revdeq_hf.cache_revdeq import CACHE_NAME
 
 SMALL = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_attention_heads=4, max_position_embeddings=64, max_steps=3)
 
@@ -177,6 +178,24 @@ def test_a_decoding_loop_outside_no_grad_is_told_that_it_gets_no_cache(monkeypat
     assert not said
     assert model.eval()(IDS).past_key_values is None
     assert "torch.no_grad()" in said[0]
+
+
+@torch.no_grad()
+def test_a_cache_may_be_given_by_either_name():
+    """transformers calls it `past_key_values`, and from 5.24 on `cache`: by the name that a model does not know it was passed over."""
+    model = small()
+    head = awake(RevDEQForTokenClassification(model.config)).eval()
+    for name in ("past_key_values", "cache"):
+        for called, whole in ((model, model(IDS, use_cache=False).logits), (head, head(IDS).logits)):
+            given = DynamicCache(config=model.config)
+            first = called(IDS[:, :6], **{name: given}, use_cache=True)
+            second = called(IDS[:, 6:], attention_mask=torch.ones_like(IDS), **{name: given}, use_cache=True)
+            assert given.get_seq_length() == IDS.shape[1]
+            assert relative_error(torch.cat([first.logits, second.logits], 1), whole) < 1e-5
+            assert called is head or getattr(first, CACHE_NAME) is first.past_key_values is given
+        assert torch.equal(model.generate(IDS, **{name: None}, max_new_tokens=2, pad_token_id=0)[:, :11], IDS)
+    with pytest.raises(ValueError, match=r"two names of one argument, got both"):
+        model(IDS, cache=given, past_key_values=given)
 
 
 def test_training_keeps_no_cache_and_a_cache_given_with_gradients_is_exact():
