@@ -328,7 +328,7 @@ def test_labels_that_weigh_more(think, tmp_path):
             "--hidden_size, --block_type would have no effect: 'runs/x' has",
         ),
         (dict(network="stack", train_steps=[4], beta=0.5), "--beta, --train_steps would have no effect: a stack has no fixed point"),
-        (dict(network="stack", tol=1e-2, test_views=4), "--tol, --test_views would have no effect: a stack has no fixed point"),
+        (dict(network="stack", tol=1e-2, test_damping=0.5), "--tol, --test_damping would have no effect: a stack has no fixed point"),
         (dict(max_steps=0, model_name_or_path="runs/x", learning_rate=1), "--learning_rate.* would have no effect: --max_steps 0 trains"),
         (dict(depth=3), "--depth would have no effect: it is that of --network stack. Leave it out"),
         (dict(problem="permutations", block_type="paper"), "the network of permutations has a block of its own"),
