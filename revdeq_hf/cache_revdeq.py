@@ -9,8 +9,9 @@ Slots are ordered: prelude layers, the fixed point's, coda layers; `config.num_h
                                 predecessors ended with: 2N times smaller, the same at the fixed point, an approximation before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
@@ -20,14 +21,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
-def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+def one_cache(cache: Cache | None, past_key_values: Cache | None, others: Mapping[str, Any] | None = None) -> Cache | None:
     """The cache of a call, which may be given by either name.
 
     Raises:
-        ValueError: by both.
+        ValueError: by both; or one is among the `others` of the call's keywords, under a name that nobody would look at, and wrong tokens would come out.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one argument, got both; pass one of them")
+    if unseen := [name for name, value in (others or {}).items() if isinstance(value, Cache)]:
+        raise ValueError(f"a cache was passed as {unseen[0]!r}, which this model does not know; it takes `past_key_values` or `cache`")
     return past_key_values if cache is None else cache
 
 

@@ -293,7 +293,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         refuse_settings(kwargs)
-        past_key_values = one_cache(cache, past_key_values)
+        past_key_values = one_cache(cache, past_key_values, kwargs)
         self._follow_configuration([self.solve])
         steps = self.config.max_steps if max_steps is None else check_steps(max_steps)
         embeds = self._embed(input_ids) if inputs_embeds is None else inputs_embeds

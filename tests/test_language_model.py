@@ -196,6 +196,8 @@ def test_a_cache_may_be_given_by_either_name():
         assert torch.equal(model.generate(IDS, **{name: None}, max_new_tokens=2, pad_token_id=0)[:, :11], IDS)
     with pytest.raises(ValueError, match=r"two names of one argument, got both"):
         model(IDS, cache=given, past_key_values=given)
+    with pytest.raises(ValueError, match=r"a cache was passed as 'memory', which this model does not know"):
+        model(IDS, memory=given)  # the next name
 
 
 def test_training_keeps_no_cache_and_a_cache_given_with_gradients_is_exact():
