@@ -215,7 +215,7 @@ def test_same_outputs_under_another_version_of_transformers_both_ways(bundles, t
         code = f"""
 from safetensors.torch import save_file
 outputs = {{}}
-for name, auto_class in CLASSES.items():
+for name, auto_class in {CLASSES!r}.items():
     model = load(f"{source}/{{name}}", auto_class)
     outputs[name] = first_output(model).contiguous()
     model.save_pretrained(f"{target}/{{name}}")
