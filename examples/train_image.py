@@ -73,7 +73,7 @@ from transformers import (
     set_seed,
 )
 
-from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
+from revdeq_hf import ResidualLoss, RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.checkpoints import checkpoint_to_resume
 from revdeq_hf.loss_revdeq import share_of_batch
 from revdeq_hf.model_card import weight_hashes
@@ -158,6 +158,12 @@ class ImageTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Peak learning rate of Muon for matrices and convolutions; AdamW has the rest. Default or 0: AdamW alone."},
     )
+    residual_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the residual in the loss, to which it rises from 0, so that other numbers of steps than the training's serve, too. 0: none."
+        },
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Updates of warm-up, or their share of all if below 1."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
@@ -236,7 +242,7 @@ def refuse_idle_flags(given: set[str], options: ModelArguments, data: DataArgume
     if kind in ("revdeq", RevDEQVisionConfig.model_type):
         refuse_idle(given, OF_RESNET, "they are a resnet's")
     else:
-        refuse_idle(given, (*OF_REVDEQ, *SOLVER), f"a model of type {kind!r} has no fixed point")
+        refuse_idle(given, (*OF_REVDEQ, *SOLVER, "residual_weight"), f"a model of type {kind!r} has no fixed point")
 
 
 def build_model(options: ModelArguments, names: list[str], shape: tuple[int, int, int]) -> torch.nn.Module:
@@ -378,6 +384,7 @@ class ImageTrainer(TimedTrainer):
         super().__init__(*arguments, **kwargs)
         self.label_smoother = None  # the collator smooths; the evaluation's loss stays plain
         self.train_collator = train_collator
+        self.residual = ResidualLoss(self.model) if self.args.residual_weight else None
         self.average = None if self.args.ema_decay is None else AveragedWeights(self.model, self.args.ema_decay)
         if self.average is not None:
             self.add_callback(self.average)
@@ -392,19 +399,28 @@ class ImageTrainer(TimedTrainer):
             self.data_collator = evaluation_collator
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = self.loss_of_labels(model, inputs, num_items_in_batch)
+        if self.residual is not None and model.training:
+            residual = share_of_batch(self.residual(), inputs["labels"], num_items_in_batch)
+            loss = loss + self.args.residual_weight * self.share * residual * self.ranks_averaged(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def ranks_averaged(self, num_items_in_batch: Any) -> int:
+        """By how much a loss grows whose images were counted over all ranks, since the ranks' gradients are averaged."""
+        counted = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return self.accelerator.num_processes if counted else 1
+
+    def loss_of_labels(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> tuple[torch.Tensor, Any]:
         if "probabilities" not in inputs:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
             if not isinstance(
                 self.model.config, RevDEQVisionConfig
             ):  # others' forward passes take the images of an update and pass them over
                 loss = share_of_batch(loss, inputs["labels"], num_items_in_batch)
-            return (loss, outputs) if return_outputs else loss
+            return loss, outputs
         outputs = model(**{name: value for name, value in inputs.items() if name not in ("labels", "probabilities")})
         loss = soft_cross_entropy(outputs.logits, inputs["probabilities"], num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # the images were counted over all ranks, whose gradients are averaged
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
+        return loss * self.ranks_averaged(num_items_in_batch), outputs
 
     def get_eval_dataloader(self, *arguments: Any):
         with self._all_images():
@@ -499,6 +515,8 @@ def main(arguments: list[str] | None = None) -> dict:
     record = run_record(command, training.device)  # now: the files may be of another commit at the end
     if data.bad_images not in ("refuse", "skip"):
         raise ValueError(f"--bad_images must be refuse or skip, got {data.bad_images!r}")
+    if training.residual_weight < 0:
+        raise ValueError(f"--residual_weight must not be negative, got {training.residual_weight}")
     resume = checkpoint_to_resume(training)
     set_seed(training.seed)
     began = time.perf_counter()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, TrainerCallback, ViTImageProcessorPil
 
-from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig, ReversibleFixedPoint
+from revdeq_hf import ResidualLoss, RevDEQForImageClassification, RevDEQVisionConfig, ReversibleFixedPoint
 
 pytestmark = pytest.mark.usefixtures("scripts")
 FEW = ["--disable_tqdm", "true", "--per_device_train_batch_size", "8"]
@@ -97,7 +97,7 @@ def test_a_folder_with_everything_on_resumed_equals_uninterrupted_bit_for_bit(im
     arguments += ["--mixup", "0.4", "--cutmix", "1", "--erasing", "0.5", "--cutout", "3", "--label_smoothing_factor", "0.1"]
     arguments += ["--ema_decay", "0.8", "--one_cycle", "true", "--channels_last", "true", "--test_flip", "true", "--eval_strategy", "steps"]
     arguments += ["--eval_steps", "5", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "3"]
-    arguments += ["--muon_learning_rate", "0.01"]
+    arguments += ["--muon_learning_rate", "0.01", "--residual_weight", "0.5"]
     results = image.main([*arguments, "--output_dir", str(tmp_path / "whole")])
     assert results["updates"] == 14
     shutil.copytree(tmp_path / "whole" / "checkpoint-7", tmp_path / "cut" / "checkpoint-7")
@@ -285,8 +285,10 @@ def test_soft_loss_is_torchs_and_without_softening_the_models_own(image, augment
     torch.testing.assert_close(soft_loss, own)
 
 
-def test_accumulated_soft_gradients_are_those_of_the_mean_over_all_images(image, augmentation, tmp_path):
-    trainer = small_trainer(image, tmp_path, gradient_accumulation_steps=2)
+@pytest.mark.parametrize("residual_weight", [0.0, 0.7])
+def test_accumulated_soft_gradients_are_those_of_the_mean_over_all_images(image, augmentation, tmp_path, residual_weight):
+    trainer = small_trainer(image, tmp_path, gradient_accumulation_steps=2, residual_weight=residual_weight)
+    trainer.state.global_step, trainer.state.max_steps = 3, 4
     pixels, labels = batch(8, 1, (6, 6)), torch.arange(8) % 3
     soft = augmentation.soft_labels(labels, 3, 0.3)
     parts = (slice(0, 3), slice(3, 8))
@@ -298,8 +300,11 @@ def test_accumulated_soft_gradients_are_those_of_the_mean_over_all_images(image,
         trainer.training_step(trainer.model, inputs, count)
     got = [parameter.grad.clone() for parameter in trainer.model.parameters()]
     trainer.model.zero_grad()
-    losses = [F.cross_entropy(trainer.model(pixels[part]).logits, soft[part], reduction="sum") for part in parts]
-    (sum(losses) / 8).backward()
+    residual = ResidualLoss(trainer.model)
+    for part in parts:
+        loss = F.cross_entropy(trainer.model(pixels[part]).logits, soft[part], reduction="sum")
+        loss = loss + 0.75 * residual_weight * len(soft[part]) * residual()  # three quarters of the training are past
+        (loss / 8).backward()
     for gradient, parameter in zip(got, trainer.model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
@@ -611,6 +616,8 @@ def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
         (["--ema_decay", "1"], "--ema_decay must lie"),
         (["--max_minutes", "0"], "--max_minutes must be positive"),
         (["--mixup", "-1"], "mixup must be at least 0"),
+        (["--residual_weight", "-1"], "--residual_weight must not be negative, got -1"),
+        (["--model_type", "resnet", "--residual_weight", "1"], "--residual_weight would have no effect"),
     ],
     ids=str,
 )
