@@ -504,7 +504,9 @@ def refuse_idle_flags(given: set[str], options: ModelArguments, data: DataArgume
         refuse_idle(given, ["num_hidden_layers"], "the layers of a revdeq follow from --num_block_layers and --solver_steps")
     if kind != "revdeq" and not options.model_name_or_path:
         known = AutoConfig.for_model(kind)
-        refuse_idle(given, [name for name in WIDTHS if not hasattr(known, name)], f"a model of type {kind!r} has no such setting")
+        kinds = (known, known.get_text_config())  # some hand their widths on
+        idle = [name for name in WIDTHS if not any(hasattr(config, name) for config in kinds)]
+        refuse_idle(given, idle, f"a model of type {kind!r} has no such setting")
     if not data.streaming:
         refuse_idle(given, ["shuffle_buffer"], "it is that of --streaming true")
 

@@ -37,7 +37,8 @@ class RevDEQGenerationMixin(GenerationMixin):
             max_steps, tol (`int` and `float`, *optional*): steps of every solve, and the residual at which a token stops, instead of those of the config. An
                 `assistant_model` keeps its own. Like `draft_max_steps` they may be fields of the generation config, of the model's or of the call's.
             draft_max_steps (`int`, *optional*): the model drafts for itself: solves of so few steps propose tokens one by one, one solve of all steps
-                verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution). Drafts begin with
+                verifies them together. Greedy decoding gives the very tokens of plain greedy decoding (sampling the same distribution; with
+                `kv_cache="shared"` at the fixed point only). Drafts begin with
                 5 tokens, 2 more after each that was accepted whole, 1 less after others; `num_assistant_tokens`, `num_assistant_tokens_schedule` and
                 `assistant_confidence_threshold`, here or in the generation config, change that. As all assisted decoding in transformers it takes one
                 sequence at a time and a dynamic cache. `assistant_early_exit`, whose exits are steps here, does the
@@ -53,24 +54,33 @@ class RevDEQGenerationMixin(GenerationMixin):
             )
         if draft_max_steps is not None:
             kwargs["draft_max_steps"] = draft_max_steps
+        # into the call, by which decoding functions of the Hub and of users get them, too
+        for config in (generation_config, self.generation_config):
+            for name in GENERATION_SETTINGS:
+                value = getattr(config, name, None)
+                if value is not None and kwargs.get(name) is None:
+                    kwargs[name] = value
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs) -> tuple[GenerationConfig, dict[str, Any]]:
-        """transformers' merging of the configs (of the call over given over the model's own), which takes a call's argument that is a field of one of them
-        for the config's. This file's own arguments go on to the model in either case; None is not set."""
+        """transformers' merging of the configs, which takes a call's argument that is a field of one of them for the config's. This file's own arguments,
+        into which `generate` has put what the configs say, go on to the model; a decoding function that takes one by its name has it already."""
         asked = {name: kwargs.pop(name, None) for name in GENERATION_SETTINGS}
         given = [config for config in (generation_config, self.generation_config) if config is not None]
         unset = {
             name: value for name, value in DRAFTING.items() if name not in kwargs and all(getattr(config, name) is None for config in given)
         }
         merged, found = super()._prepare_generation_config(generation_config, **kwargs)
-        for name, value in asked.items():
-            configured = merged.__dict__.pop(name, None)
-            if value is not None or configured is not None:
-                found[name] = configured if value is None else value
-        draft_max_steps = found.pop("draft_max_steps", None)
-        if draft_max_steps is not None and not merged.is_assistant:  # a draft has none of its own
-            steps = check_steps(found.get("max_steps", self.config.max_steps))
+        for name in asked:
+            merged.__dict__.pop(name, None)
+        draft_max_steps = asked.pop("draft_max_steps")
+        found |= {name: value for name, value in asked.items() if value is not None}
+        if merged.is_assistant:  # a draft has none of its own
+            merged.assistant_early_exit = None
+        elif draft_max_steps is not None:
+            with _LOCK:
+                configured = self.config.max_steps
+            steps = check_steps(found.get("max_steps", configured))
             if check_steps(draft_max_steps, "draft_max_steps") >= steps:
                 raise ValueError(f"draft_max_steps must be below the steps of a full solve, got {draft_max_steps} and max_steps={steps}")
             merged.update(assistant_early_exit=draft_max_steps, **unset)
@@ -89,16 +99,19 @@ class RevDEQGenerationMixin(GenerationMixin):
         # transformers' own early exit changes the config while it drafts, and not at all where max_steps is given in the call
         generation_config = copy.deepcopy(generation_config)
         generation_config.assistant_early_exit = None
-        # how long drafts are it asks the assistant's generation config: show it that of this call
-        with _showing(self, "generation_config", generation_config):
-            return AssistedCandidateGenerator(
-                input_ids=input_ids,
-                assistant_model=self,
-                generation_config=generation_config,
-                model_kwargs={**model_kwargs, "max_steps": steps},
-                inputs_tensor=inputs_tensor,
-                logits_processor=logits_processor,
-            )
+        # how long drafts are it asks the assistant's generation config: show it that of this call, which other threads must not see
+        shown = copy.copy(self)
+        shown.generation_config = generation_config
+        generator = AssistedCandidateGenerator(
+            input_ids=input_ids,
+            assistant_model=shown,
+            generation_config=generation_config,
+            model_kwargs={**model_kwargs, "max_steps": steps},
+            inputs_tensor=inputs_tensor,
+            logits_processor=logits_processor,
+        )
+        generator.assistant_model = self
+        return generator
 
     def _get_logits_processor(self, *args, **kwargs):
         """Guidance without the prompt (`guidance_scale`) runs the model by itself: with the steps and tolerance of this call."""

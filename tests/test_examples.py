@@ -368,6 +368,13 @@ def test_standard_library_splits_share_no_file(language):
     assert len(seen) > 300
 
 
+def test_widths_that_a_model_hands_on_to_its_text_model_are_not_idle(language):
+    given = {"hidden_size", "intermediate_size", "num_hidden_layers"}
+    language.refuse_idle_flags(given, language.ModelArguments(model_type="fuyu"), language.DataArguments())
+    with pytest.raises(ValueError, match=r"--intermediate_size would have no effect: a model of type 'gpt2'"):
+        language.refuse_idle_flags(given, language.ModelArguments(model_type="gpt2"), language.DataArguments())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

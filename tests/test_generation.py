@@ -418,6 +418,41 @@ def test_threads_with_steps_of_their_own_leave_the_configuration_as_it_is():
     assert model.config is model.model.config
 
 
+def test_what_configs_say_reaches_decoding_functions_and_no_assistant():
+    model, assistant, seen = contractive(max_steps=3), contractive(max_steps=2), {}
+    model.generation_config.max_steps = 5
+
+    def decode(model, input_ids, max_steps=None, tol=None, **kwargs):
+        seen.update(max_steps=max_steps, tol=tol)
+        return input_ids
+
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    model.generate(IDS[:1], GenerationConfig(tol=0.1, **settings), custom_generate=decode)
+    assert seen == {"max_steps": 5, "tol": 0.1}
+    model.generate(IDS[:1], GenerationConfig(tol=0.1, **settings), custom_generate=decode, max_steps=4)
+    assert seen == {"max_steps": 4, "tol": 0.1}
+    solved = steps_of_calls(assistant)
+    plain = model.generate(IDS[:1], **settings)
+    assert torch.equal(model.generate(IDS[:1], assistant_model=assistant, **settings), plain)
+    assert set(solved) == {None}  # its own
+
+
+def test_drafts_of_the_own_generation_config_are_those_of_the_call():
+    """A model that said there how it drafts once drafted for its drafts, too."""
+    model = contractive(max_steps=5)
+    calls, settings = steps_of_calls(model), dict(max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+    plain = model.generate(IDS[:1], assistant_early_exit=1, **settings)
+    of_the_call = list(calls)
+    calls.clear()
+    model.generation_config.assistant_early_exit = 1
+    assert torch.equal(model.generate(IDS[:1], **settings), plain)
+    assert calls == of_the_call
+    model.generation_config.assistant_early_exit, model.generation_config.num_assistant_tokens = None, 2
+    calls.clear()
+    model.generate(IDS[:1], GenerationConfig(draft_max_steps=1, num_assistant_tokens_schedule="constant", **settings))
+    assert calls[:4] == [1, 1, None, 1]  # two tokens a draft, as the own one says, though one was given
+
+
 def test_generations_with_steps_of_the_generation_config_run_side_by_side():
     """One lock was once held for the whole of such a call, so that whoever waited for another one's tokens waited for ever."""
     model, meeting = contractive(max_steps=3), threading.Barrier(2)
