@@ -34,7 +34,7 @@ def load(name: str):
 
 
 @pytest.fixture(scope="module")
-def language():
+def language(scripts):
     return load("train_language")
 
 
