@@ -1,11 +1,9 @@
 # Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
 """What `generate` needs beyond transformers' own: caches for the steps of a call, and a model that drafts for itself."""
 
-import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -78,7 +76,7 @@ class RevDEQGenerationMixin(GenerationMixin):
         if merged.is_assistant:  # a draft has none of its own
             merged.assistant_early_exit = None
         elif draft_max_steps is not None:
-            with _LOCK:
+            with _LOCK:  # not what another thread shows just now
                 configured = self.config.max_steps
             steps = check_steps(found.get("max_steps", configured))
             if check_steps(draft_max_steps, "draft_max_steps") >= steps:
@@ -144,24 +142,15 @@ class RevDEQGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        # generate makes its cache from the config: show it the steps of this call
-        with _LOCK:  # the config is read within it, too, so that no thread takes another's for the model's
-            steps = model_kwargs.get("max_steps")
-            config = with_steps(self.config, self.config.max_steps if steps is None else check_steps(steps))
-            with _showing(self, "config", config):
+        # generate makes its cache from the config: show it the steps of this call, one thread at a time
+        steps = model_kwargs.get("max_steps")
+        with _LOCK:
+            own = self.config
+            self.config = with_steps(own, own.max_steps if steps is None else check_steps(steps))
+            try:
                 return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-
-
-@contextlib.contextmanager
-def _showing(model: Any, name: str, value: Any) -> Iterator[None]:
-    """Within it the model's attribute of that name is another one; one thread at a time."""
-    with _LOCK:
-        own = getattr(model, name)
-        setattr(model, name, value)
-        try:
-            yield
-        finally:
-            setattr(model, name, own)
+            finally:
+                self.config = own
 
 
 def with_steps(config: RevDEQConfig, steps: int) -> RevDEQConfig:

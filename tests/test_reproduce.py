@@ -477,7 +477,7 @@ def test_kept_results_are_those_of_the_recipe(name, tmp_path):
                 assert run[flag] == reproduce.flags({flag: value})[1:], (record["variant"], flag)
         assert "dirty" not in record["commit"]
         assert "/" not in record["command"].split()[1].removeprefix("examples/").removeprefix("benchmarks/")
-        if record["variant"].startswith(("equilibrium", "exact", "beta", "modern", "paper")):
+        if record["variant"].startswith(("equilibrium", "the same", "exact", "beta", "modern", "paper")):
             assert record["greatest_drift"] == 0
     assert reproduce.table(recipe, reproduce.RESULTS).count("\n") >= 2
     reproduce.plot(recipe, reproduce.RESULTS, tmp_path / "plot.png")  # also where nothing but the training was measured
