@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClas
 from revdeq_hf.model_card import CURVE, EVALUATION, decisive, file_hash, input_hashes, weight_hashes
 from revdeq_hf.training import fixed_point_layers, print_table, residual_curve, run_record, text_hash, text_scores, text_size
 
-USAGE = "usage: python examples/evaluate.py MODEL [--help] [flags]     (MODEL: the folder of a saved model, or its name on the Hub)"
+USAGE = "python examples/evaluate.py MODEL [flags]     (MODEL: the folder of a saved model, or its name on the Hub)"
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 # flags of the training scripts that name data
 SOURCES = ("dataset_name", "train_file", "validation_file", "test_file", "train_dir", "validation_dir")
@@ -105,19 +105,27 @@ def refuse_other_data(folder: Path, data: Any) -> None:
     if not command:  # of another program
         return
     words = [part for word in shlex.split(command) for part in word.split("=", 1)]
-    pairs = itertools.pairwise(words)
-    named = [f"{flag} {value}" for flag, value in pairs if flag.startswith("--") and flag[2:].replace("-", "_") in SOURCES]
+    named = [f"{flag} {value}" for flag, value in itertools.pairwise(words) if flag.startswith("--") and names_data(flag)]
     if named:
         raise ValueError(
             f"{str(folder)!r} was trained with {' '.join(named)}, and nothing says on which data it is to be measured: give these flags again, or others"
         )
 
 
+def names_data(flag: str) -> bool:
+    """Whether it is one of the training scripts' flags that name data, or short for one."""
+    return any(source.startswith(flag[2:].replace("-", "_")) for source in SOURCES)
+
+
 def main(arguments: list[str] | None = None) -> dict:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0].startswith("-"):
-        print(USAGE)
-        raise SystemExit(0 if arguments[:1] in (["-h"], ["--help"]) else 2)
+        if arguments[:1] not in (["-h"], ["--help"]):
+            print(f"usage: {USAGE}", file=sys.stderr)
+            raise SystemExit(2)
+        more = "MODEL --help lists the flags of this kind of model too, those that name its data among them."
+        HfArgumentParser(EvaluationArguments, usage=USAGE, description="Flags for every model:", epilog=more).print_help()
+        raise SystemExit(0)
     name, *flags = arguments
     folder = model_folder(name)
     hashes = weight_hashes(folder)

@@ -279,7 +279,10 @@ def test_beside_the_script_the_library_is_still_found():
 
 def test_the_script_runs_by_itself(language, text_file, tmp_path):
     script = [sys.executable, str(EXAMPLES / "evaluate.py")]
-    assert "MODEL" in subprocess.run([*script, "--help"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([*script, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "MODEL" in told
+    assert "--curve_steps" in told
+    assert subprocess.run(script, capture_output=True, check=False).returncode == 2
     flags = ["--test_file", str(text_file), "--curve_examples", "2", "--output_dir", str(tmp_path)]
     done = subprocess.run([*script, str(language), *flags], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -288,10 +291,10 @@ def test_the_script_runs_by_itself(language, text_file, tmp_path):
 
 def test_a_model_of_other_data_is_not_measured_on_the_built_in_ones(evaluation, language, text_file, tmp_path):
     folder = shutil.copytree(language, tmp_path / "model")
-    words = f"python examples/train_language.py --train_file '{text_file}' --validation-file={text_file} --max_steps 2"
+    words = f"python examples/train_language.py --train_f '{text_file}' --validation-file={text_file} --max_steps 2"
     (folder / "results.json").write_text(json.dumps({"run": {"command": words}}))
     with pytest.raises(
-        ValueError, match=f"was trained with --train_file {text_file} --validation-file {text_file}, and nothing says on which"
+        ValueError, match=f"was trained with --train_f {text_file} --validation-file {text_file}, and nothing says on which"
     ):
         evaluation.main([str(folder)])
     assert not (folder / "evaluation.json").exists()
