@@ -447,8 +447,11 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
             ]
             line(quality, curves, marker="o", **style)
             quality.set(xlabel="evaluations of the block (of a stage)", ylabel=f"{key} on the test data")
-        elif found := [value for record in records if (value := at(record, "evaluation.accuracy|accuracy|evaluation.loss")) is not None]:
-            quality.axhline(statistics.mean(found), **style)
+        elif values := on_test_data(records, key := "accuracy") or on_test_data(records, key := "loss"):
+            quality.axhline(statistics.mean(values), **style)
+            quality.set(ylabel=f"{key} on the test data")
+        else:
+            print(f"{variant}: only its training is drawn, since no evaluation of it is kept")
     loss.set(xlabel="update", ylabel="loss in training", title="Training")
     quality.set(title=recipe.title)
     quality.set_xscale("log", base=2)
@@ -462,6 +465,11 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
         if drawn and axes.get_ylabel().startswith("loss") and max(drawn) > 5 * min(drawn) > 0:
             axes.set_yscale("log")
     figure.savefig(path, dpi=100)
+
+
+def on_test_data(records: list[dict[str, Any]], key: str) -> list[float]:
+    """What the records have of a figure of the test data; a loss by the protocol of `evaluate.py` alone, not by that of the training script."""
+    return [value for record in records if (value := at(record, f"evaluation.{key}" + "|accuracy" * (key == "accuracy"))) is not None]
 
 
 def most(steps: Any) -> int:

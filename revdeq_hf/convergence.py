@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .diagnostics import sharded_parts
 from .layer_revdeq import SOLVER_ARGUMENTS, FixedPointSolution, ReversibleFixedPoint, fixed_point_layers
 
 ROUNDING = 1e-4  # residual of a place below which it is squared: what is left there has no direction
@@ -73,13 +74,10 @@ class ResidualLoss:
     def _measure(self, layer: ReversibleFixedPoint, args: tuple, kwargs: dict[str, Any], solution: FixedPointSolution) -> None:
         if not torch.is_grad_enabled():
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            from torch.distributed.fsdp import FSDPModule  # costs too much to import where nothing is sharded
-
-            if any(isinstance(module, FSDPModule) for module in self._model.modules()):
-                raise RuntimeError(
-                    "ResidualLoss evaluates blocks outside of their solves, which FSDP2 shards as a whole; train with DDP, or without it"
-                )
+        if sharded_parts(self._model):
+            raise RuntimeError(
+                "ResidualLoss evaluates blocks outside of their solves, which FSDP2 shards as a whole; train with DDP, or without it"
+            )
         context = {key: value for key, value in kwargs.items() if key not in SOLVER_ARGUMENTS}
         f = layer.block(solution.z, *args, **context)
         parts = zip(f, solution.z, strict=True) if isinstance(f, tuple) else ((f, solution.z),)

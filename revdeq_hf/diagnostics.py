@@ -172,14 +172,19 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
     return found[""] if isinstance(module, ReversibleFixedPoint) else found
 
 
+def sharded_parts(module: nn.Module) -> list[Any]:
+    """The modules within it whose weights FSDP2 keeps in shards."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule  # costs too much to import where nothing is sharded
+
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
 @contextmanager
 def _whole_weights(module: nn.Module) -> Iterator[None]:
     """Within it no weight of the module is in shards, as blocks that are evaluated outside of their solve want it; FSDP2 does that for calls alone."""
-    sharded: list[Any] = []
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from torch.distributed.fsdp import FSDPModule  # costs too much to import where nothing is sharded
-
-        sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    sharded = sharded_parts(module)
     for part in sharded:
         part.unshard()
     try:

@@ -249,7 +249,7 @@ class ReversibleFixedPoint(nn.Module):
     @beta.setter
     def beta(self, beta: float) -> None:
         self._beta = float(rational_beta(beta))
-        if not math.isclose(self._beta, beta, rel_tol=1e-12):
+        if abs(self._beta - beta) > 1e-12 * beta:  # torch.compile does not know math.isclose of a number that it has seen change
             warnings.warn(
                 f"beta={beta} is not a fraction with a denominator up to 1000; beta={rational_beta(beta)}={self._beta} is used",
                 stacklevel=4,

@@ -121,6 +121,19 @@ def test_a_whole_compiled_model_compiles_the_block_by_itself(device):
     assert not any("_orig_mod" in name for name in model.state_dict())
 
 
+def test_what_the_configuration_changes_reaches_a_compiled_model():
+    torch._dynamo.reset()
+    config = RevDEQConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_attention_heads=4, max_steps=2)
+    model = awake(RevDEQForCausalLM(config)).eval()
+    compiled, ids, seen = torch.compile(model, fullgraph=True, backend="eager"), torch.randint(0, 64, (2, 16)), []
+    with torch.no_grad():
+        for beta in (0.8, 0.5, 0.75):  # from the second value on, torch takes it for a number that changes
+            model.config.beta = beta
+            seen.append(compiled(ids).logits)
+            assert torch.equal(seen[-1], model(ids).logits)
+    assert not torch.equal(seen[0], seen[1])
+
+
 @pytest.mark.parametrize("kind", [*MODELS, "causal, residual in the loss"])
 def test_a_compiled_model_has_the_gradients_of_the_uncompiled_one(kind, device):
     """Parameter by parameter: torch 2.11 once lost all of them in a loss that was summed in place, and nothing told so."""

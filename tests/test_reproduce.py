@@ -462,7 +462,7 @@ def test_tables_of_the_pages_are_those_of_the_files(page):
 
 
 @pytest.mark.parametrize("name", [name for name in reproduce.names() if (reproduce.RESULTS / name).is_dir()])
-def test_kept_results_are_those_of_the_recipe(name, tmp_path):
+def test_kept_results_are_those_of_the_recipe(name, tmp_path, capsys):
     """A results file tells of the recipe as it stands: its variant exists, and its command has the variant's flags. What is there can be drawn."""
     recipe = reproduce.load(name)
     files = list((reproduce.RESULTS / name).glob("*.json"))
@@ -480,5 +480,9 @@ def test_kept_results_are_those_of_the_recipe(name, tmp_path):
         if record["variant"].startswith(("equilibrium", "the same", "exact", "beta", "modern", "paper")):
             assert record["greatest_drift"] == 0
     assert reproduce.table(recipe, reproduce.RESULTS).count("\n") >= 2
-    reproduce.plot(recipe, reproduce.RESULTS, tmp_path / "plot.png")  # also where nothing but the training was measured
+    capsys.readouterr()
+    reproduce.plot(recipe, reproduce.RESULTS, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").is_file()
+    evaluated = {record["variant"] for record in records if {"accuracy", "curve"} & record.keys() or record["evaluation"]}
+    told = [line.partition(": only its training")[0] for line in capsys.readouterr().out.splitlines()]
+    assert set(told) == {record["variant"] for record in records} - evaluated
