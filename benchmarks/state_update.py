@@ -1,8 +1,12 @@
 """The arithmetic of one half step (q from f, accumulate, read back as float32) in three representations of the state.
 
+    python benchmarks/state_update.py       # a minute; appends to benchmarks/results/state_update.csv
+
 Why the solver holds int64 with a growing scale: it is as fast as float64, which holds ten bits fewer, and much faster than an int32 state that
 divides at every half step.
 """
+
+import argparse
 
 import torch
 from common import interleaved, keep, median
@@ -13,6 +17,7 @@ SHAPE = (8, 256, 256)
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     f = torch.randn(SHAPE, device=device)
     rows = []

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -168,6 +169,10 @@ def shrunk(settings: Settings, scale: float) -> Settings:
     if scale == 1:
         return settings
 
+    if "problem" in settings:
+        from think_longer import PROBLEMS
+
+        settings = PROBLEMS[settings["problem"]].flags | settings  # which the recipe leaves as they are
     root, images, heads = math.sqrt(scale), "hidden_sizes" in settings, settings.get("num_attention_heads", 4)
     least = {"max_steps": 4, "warmup_steps": 0, "per_device_train_batch_size": 8 if images else 1}
     least |= dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), 1)
@@ -224,7 +229,7 @@ class Run:
         if not torch.accelerator.is_available():
             settings = without(settings, FOR_ACCELERATORS)
         if self.before:
-            settings["model_name_or_path"] = str(self.before.folder)
+            settings = without(settings, ["hidden_size"]) | {"model_name_or_path": str(self.before.folder)}
         settings = {**settings, **self.more, "seed": self.seed, "output_dir": str(self.folder)}
         found = [[str((EXAMPLES / script).resolve()), *flags(settings)]]
         if self.recipe.evaluation is not None:
@@ -421,9 +426,9 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     quality, loss = figure.subplots(1, 2)
 
     def line(axes: Any, curves: list[list[Any]], **style: Any) -> None:
-        length = min(map(len, curves))
-        x = [point for point, _ in curves[0]][:length]
-        values = [[value for _, value in curve[:length]] for curve in curves]
+        end = min(curve[-1][0] for curve in curves)
+        x = [point for point, _ in curves[0] if point <= end]
+        values = [np.interp(x, *zip(*curve, strict=True)) for curve in curves]  # their points may lie elsewhere
         axes.plot(x, [statistics.mean(column) for column in zip(*values, strict=True)], **style)
         if len(curves) > 1:
             axes.fill_between(

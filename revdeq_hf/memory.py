@@ -179,7 +179,7 @@ def plan_memory(
 
     Cost: no memory to speak of; one to three seconds of one core for 4 steps, and as much more for every 4 further ones.
 
-    Counted are the tensors that operations return, and the room that the kernels of two of them take for themselves (`_scratch`). Within 6% of what
+    Counted are the tensors that operations return, and the room that the kernels of two of them take for themselves (`_scratch`). Within 4% of what
     torch's allocator hands out on the CPU in all that was measured (docs/memory.md). Not counted: other kernels' own room, freed memory that an allocator
     keeps, buckets of DDP, shards of FSDP, evaluation, and what else the process holds. On an accelerator (an H100: 1 to 7%
     more than predicted) the context and the workspaces of cuBLAS and cuDNN come on top, attention and autocast run by other kernels that keep other things,

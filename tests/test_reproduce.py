@@ -165,20 +165,11 @@ def test_baselines_of_equal_parameters_have_them(name, equilibrium):
 
 
 def test_small_networks_trained_by_muon_compare_too():
-    pooled, plain, *explicit = (
-        built("image_cifar10_small", variant)
-        for variant in (
-            "equilibrium, max pools, Muon",
-            "equilibrium, 2 steps, Muon",
-            "resnet, equal parameters, Muon",
-            "resnet, equal evaluations, Muon",
-        )
-    )
-    assert 0.95 < inner(explicit[0]) / inner(pooled) < 1.05
+    variants = ("equilibrium, max pools, Muon", "equilibrium, 2 steps, Muon", "resnet, equal parameters, Muon")
+    pooled, plain, explicit = (built("image_cifar10_small", variant) for variant in variants)
+    assert 0.95 < inner(explicit) / inner(pooled) < 1.05
     assert inner(plain) < inner(pooled)
-    evaluations = [2 * steps for steps in pooled.config.steps_per_stage]
-    assert (explicit[1].config.hidden_sizes, explicit[1].config.depths) == (pooled.config.hidden_sizes, evaluations)
-    for timed, untimed in (("equilibrium, ten minutes", pooled), ("resnet, ten minutes", explicit[0])):
+    for timed, untimed in (("equilibrium, ten minutes", pooled), ("resnet, ten minutes", explicit)):
         assert inner(built("image_cifar10_small", timed)) == inner(untimed)
 
 
@@ -191,6 +182,17 @@ def test_baselines_of_equal_evaluations_have_them():
         steps = model.config.steps_sampling or {"max_steps": model.config.max_steps}
         assert model.config.max_steps <= steps["max_steps"]
         assert explicit.config.num_hidden_layers == model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ["image_cifar10_small", "image_cifar10_best", "image_cifar10_minutes", "image_cifar100"])
+def test_residual_networks_of_equal_evaluations_have_them(name):
+    baselines = {"resnet, equal evaluations, Muon": "equilibrium, max pools, Muon"}
+    if name in ("image_cifar10_best", "image_cifar100"):
+        baselines["resnet, equal evaluations"] = "equilibrium, paper's block"
+    for baseline, network in baselines.items():
+        explicit, model = built(name, baseline).config, built(name, network).config
+        assert explicit.hidden_sizes == model.hidden_sizes
+        assert explicit.depths == [2 * steps for steps in model.steps_per_stage]
 
 
 # --- shrinking ---
@@ -246,6 +248,19 @@ def test_commands(capsys):
     assert all("--seed 0" in line for line in searched if "train_language" in line)
     override = commands("lm_wikitext2_small", "--max_steps", "5", capsys=capsys)
     assert all("--max_steps 5" in line for line in override if "train_language" in line)
+
+
+@pytest.mark.parametrize(("name", "variant"), RUNS)
+def test_scale_shrinks_every_variant(name, variant, capsys):
+    """Also where the flags are the script's own for a problem, and where the network is that of another variant."""
+    _, settings = reproduce.load(name).settings(variant)
+    places = ("--variants", variant, "--built_in_data", "--scale", "0.01", "--seeds", "1")
+    run = reproduce.given(commands(name, *places, capsys=capsys)[0].split()[2:])
+    assert int(run["max_steps"][0]) <= max(4, settings.get("max_steps", 1200) / 100)
+    if "preset" not in settings:
+        widths = {"hidden_size", "hidden_sizes"} & run.keys()
+        assert len(widths) == ("model_name_or_path" not in run)
+        assert all(int(width) <= 80 for name in widths for width in run[name])
 
 
 def test_unknown_names_are_told():
