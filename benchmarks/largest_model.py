@@ -4,7 +4,7 @@
     python benchmarks/largest_model.py --table
 
 The paper's block, GPT-2's vocabulary, 32 sequences of 448 tokens, bfloat16 autocast, AdamW; a tenth of the memory in reserve. By
-`revdeq_hf.memory.plan_memory`, which was within 4% of what was measured (docs/memory.md).
+`revdeq_hf.memory.plan_memory`, which was within 4% of what was measured on the CPU; an H100 took up to 7% more (docs/memory.md).
 """
 
 import argparse

@@ -466,9 +466,11 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     for axes in (quality, loss):
         axes.grid(alpha=0.3, which="both")
         drawn = [value for drawn in axes.lines for value in drawn.get_ydata()]
-        # a way that fails must not flatten all others
         if drawn and axes.get_ylabel().startswith("loss") and max(drawn) > 5 * min(drawn) > 0:
-            axes.set_yscale("log")
+            if min(drawn) < 1:
+                axes.set_yscale("log")
+            else:  # a way that fails must not flatten all others
+                axes.set_ylim(0.9 * min(drawn), 2.5 * min(drawn))
     figure.savefig(path, dpi=100)
 
 
