@@ -428,7 +428,7 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     def line(axes: Any, curves: list[list[Any]], **style: Any) -> None:
         end = min(curve[-1][0] for curve in curves)
         x = [point for point, _ in curves[0] if point <= end]
-        values = [np.interp(x, *zip(*curve, strict=True)) for curve in curves]  # their points may lie elsewhere
+        values = [np.interp(x, *np.transpose(curve)) for curve in curves]  # their points may lie elsewhere
         axes.plot(x, [statistics.mean(column) for column in zip(*values, strict=True)], **style)
         if len(curves) > 1:
             axes.fill_between(

@@ -554,6 +554,7 @@ def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[
     def recomputable(state: State) -> State:
         refuse_other_parameters(evaluator.block, parameters)
         unchanged.check()
+        evaluator.refuse_changed_buffers()
         return call(state)
 
     def evaluate(state: State, number: int) -> State:

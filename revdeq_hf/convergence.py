@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.output_capturing import _active_collector
 
 from .diagnostics import sharded_parts
 from .layer_revdeq import SOLVER_ARGUMENTS, FixedPointSolution, ReversibleFixedPoint, fixed_point_layers
@@ -78,8 +79,16 @@ class ResidualLoss:
             raise RuntimeError(
                 "ResidualLoss evaluates blocks outside of their solves, which FSDP2 shards as a whole; train with DDP, or without it"
             )
+        if kwargs.get("past_key_values") is not None:
+            raise RuntimeError(
+                "ResidualLoss evaluates blocks once more, which would write to the cache again; call the model with use_cache=False"
+            )
         context = {key: value for key, value in kwargs.items() if key not in SOLVER_ARGUMENTS}
-        f = layer.block(solution.z, *args, **context)
+        token = _active_collector.set(None)  # hidden states and attentions that are asked for are those of the solve
+        try:
+            f = layer.block(solution.z, *args, **context)
+        finally:
+            _active_collector.reset(token)
         parts = zip(f, solution.z, strict=True) if isinstance(f, tuple) else ((f, solution.z),)
         mask = kwargs.get("measure_mask")
         self._measured.append(torch.stack([_residual_of_places(*part, mask) for part in parts]).mean())

@@ -97,9 +97,8 @@ class KeptBuffer:
 
     @property
     def moved(self) -> bool:
-        """Whether it was changed in place, or another one has taken its place."""
         assert self.tensor is not None
-        return self.module._buffers[self.name] is not self.tensor or self.tensor._version != self._version
+        return _moved(self.module, self.name, self.tensor, self._version)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -110,6 +109,11 @@ class KeptBuffer:
             self.tensor.copy_(self.value)
             self._version = self.tensor._version
         self.module._buffers[self.name] = self.tensor
+
+
+def _moved(module: nn.Module, name: str, buffer: torch.Tensor, version: int) -> bool:
+    """Whether a module's buffer was changed in place, or another one has taken its place."""
+    return module._buffers.get(name) is not buffer or buffer._version != version
 
 
 def kept_buffers(module: nn.Module, training: bool = False) -> list[KeptBuffer]:
@@ -235,6 +239,8 @@ class Evaluator:
         self.device = state[0].device
         self.random = False
         self._changed: list[KeptBuffer] = []  # buffers that an evaluation changes, as they were before it
+        self._modes: list[tuple[nn.Module, bool]] = []  # which modules train
+        self.steady: list[tuple[nn.Module, str, torch.Tensor, int]] = []  # buffers that no evaluation changes, with their version
         self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
         self._generators: list[torch.Tensor] | None = None
         self.unfollowed = False
@@ -245,10 +251,15 @@ class Evaluator:
 
     @property
     def rows_are_apart(self) -> bool:
-        """Whether rows can be taken out of every tensor that the block is given: x alone, which has them in its first dimension."""
-        _, context, kwargs = self.template
-        batch = self.shapes[0][:1]
-        return not context and not kwargs and all(t.shape[:1] == batch for t in self.tensors)
+        """Whether rows can be taken out of what the block is given: x alone, one tensor whose first dimension is the batch, or tensors like those of the
+        state. What is anything else may hold something that all examples share, of whatever size."""
+        x, context, kwargs = self.template
+        if context or kwargs:
+            return False
+        if isinstance(x, _Slot):
+            return self.tensors[0].layout == torch.strided and self.tensors[0].shape[:1] == self.shapes[0][:1]
+        slots = isinstance(x, tuple) and all(isinstance(part, _Slot) for part in x)
+        return slots and tuple(t.shape for t in self.tensors) == self.shapes
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all rows but those of these indices."""
@@ -272,11 +283,19 @@ class Evaluator:
         self._generators = generator_states(self.device)
         buffers = kept_buffers(self.block, training=True)
         self._changed = buffers  # all of them, for the case that the block raises
+        self._modes = [(module, module.training) for module in self.block.modules()]
+        steady = [
+            (module, name, buffer, buffer._version)
+            for module, _ in self._modes
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not buffer.is_inference()
+        ]
         inputs = [t for t in (*state, *tensors) if not t.is_inference()]
         versions = [t._version for t in inputs]
         with same_convolutions(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or self.unfollowed):
             out = self.block(z, x, *context, **kwargs)
         self._changed = [buffer for buffer in buffers if buffer.moved]
+        self.steady = [entry for entry in steady if not _moved(*entry)]
         moved = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
         # where nothing trains it may have been another thread, whose numbers must not be drawn twice
         quiet = not (self.compiled or torch.is_grad_enabled() or any(m.training for m in self.block.modules()))
@@ -339,8 +358,19 @@ class Evaluator:
             yield
 
     def replay(self) -> "_Replay":
-        """A context around recomputation, which leaves the user's generators and the block's buffers as they are; may be entered again."""
+        """A context around recomputation, in which the block trains as it did, and which leaves the user's generators and the block's buffers as they are; may
+        be entered again."""
         return _Replay(self)
+
+    def refuse_changed_buffers(self) -> None:
+        """Raises RuntimeError where a buffer that no evaluation changes is not as the first one met it."""
+        for entry in self.steady:
+            if _moved(*entry):
+                module, name, buffer, _ = entry
+                raise RuntimeError(
+                    f"the buffer {name!r} of shape {tuple(buffer.shape)} of the block's {type(module).__name__} has been changed between the forward and the "
+                    "backward pass, so the evaluations cannot be recomputed; change it after the backward pass"
+                )
 
     def rewind(self) -> None:
         """Puts generators and buffers back to where they were before the solve, which has failed."""
@@ -356,14 +386,19 @@ class Evaluator:
 class _Replay:
     def __init__(self, evaluator: Evaluator) -> None:
         self.evaluator = evaluator
-        self.kept: list[tuple[list[torch.Tensor] | None, list[KeptBuffer]]] = []
+        self.kept: list[tuple[list[torch.Tensor] | None, list[KeptBuffer], list[nn.Module]]] = []
 
     def __enter__(self) -> None:
         generators = generator_states(self.evaluator.device) if self.evaluator.random else None
-        self.kept.append((generators, [KeptBuffer(buffer.module, buffer.name) for buffer in self.evaluator._changed]))
+        switched = [module for module, training in self.evaluator._modes if module.training != training]
+        self.kept.append((generators, [KeptBuffer(buffer.module, buffer.name) for buffer in self.evaluator._changed], switched))
+        for module in switched:
+            module.training = not module.training
 
     def __exit__(self, *error: Any) -> None:
-        generators, buffers = self.kept.pop()
+        generators, buffers, switched = self.kept.pop()
+        for module in switched:
+            module.training = not module.training
         if generators is not None:
             set_generator_states(generators, self.evaluator.device)
         for buffer in buffers:

@@ -62,16 +62,26 @@ def solve_float(
     recompute_before: int | None,
     row_dims: int = 1,
     record: bool = False,
+    measure_mask: torch.Tensor | None = None,
 ) -> tuple[State, FloatSolve]:
-    """Runs a solver that is not reversible, on every row by itself. With `recompute_before` autograd follows it (see `stored_evaluation`), with None not."""
+    """Runs a solver that is not reversible, on every row by itself. With `recompute_before` autograd follows it (see `stored_evaluation`), with None not.
+    What `measure_mask` leaves out stays at its start, where it adds nothing to any sum over a row."""
     numbers = iter(range(2 * max_steps))
     with torch.set_grad_enabled(recompute_before is not None):
         evaluate = stored_evaluation(evaluator, recompute_before or 0)
         if z0 is None:
             z0 = tuple(torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) for shape in evaluator.shapes)
+        counting = None
+        if measure_mask is not None:
+            counting = flatten(tuple(per_row(measure_mask, part).expand_as(part).to(part.dtype) for part in z0)) > 0
+
+        def f(z: torch.Tensor) -> torch.Tensor:
+            value = flatten(evaluate(unflatten(z, evaluator, row_dims), next(numbers)), row_dims)
+            return value if counting is None else torch.where(counting, value, z)
+
         solution = find_fixed_point(
             settings.solver,
-            lambda z: flatten(evaluate(unflatten(z, evaluator, row_dims), next(numbers)), row_dims),
+            f,
             flatten(z0, row_dims),
             max_steps=max_steps,
             tol=tol,
@@ -123,6 +133,7 @@ class _Implicit(torch.autograd.Function):
         evaluator, settings, count = ctx.evaluator, ctx.settings, ctx.count
         refuse_other_parameters(evaluator.block, ctx.parameters)
         ctx.unchanged.check()
+        evaluator.refuse_changed_buffers()
         needed = ctx.needs_input_grad[4:]
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks nothing twice
         z, arguments = saved[:count], saved[count : ctx.end]

@@ -223,6 +223,7 @@ class ReversibleFixedPoint(nn.Module):
         self.statistics: SolveStatistics | None = None
         self._compiled_block: list[CompiledBlock] = []  # in a list, which does not make it a submodule
         self._compiled = False  # by `compile`: also for callers that are not compiled
+        self.start_dims = row_dims  # leading dimensions whose entries share a drawn start state, where nothing trains
         self._certificate = Certificate(drift_policy)
         self._check_settings()
         self.steps_sampling = None if steps_sampling is None else dict(steps_sampling)
@@ -313,8 +314,9 @@ class ReversibleFixedPoint(nn.Module):
                 and counted.
             max_steps, tol, gradient, num_restarts: instead of the layer's, None: these. With `z0` there is nothing to restart from, and one solve is run.
             output_trajectory: also return the state after every step and the residual at the start of every step; costs a state tensor a step.
-            measure_mask: (batch, positions) bool, with `row_dims=1` and solver "reversible": which entries of the state's second dimension count in the
-                residual, hence in `tol` and in the choice of restarts. For padding, which must not hold an example back. None: all do.
+            measure_mask: (batch, positions) bool: which entries of the state's second dimension count in the residual, hence in `tol`, in the choice of
+                restarts, in what "anderson" and "broyden" make of earlier states, and in `ResidualLoss`. For padding, which must not hold an example
+                back. None: all do. (With `row_dims=2` each position has a residual of its own, and the solve is the same.)
             block_kwargs: keyword arguments of the block; tensors in them get gradients.
 
         Returns:
@@ -349,13 +351,14 @@ class ReversibleFixedPoint(nn.Module):
         return best
 
     def _start(self, x, number: int | None) -> "torch.Tensor | tuple[torch.Tensor, ...]":
-        """A start state of the form of x: a new draw for every example, or the fixed draw of this number for all."""
+        """A start state of the form of x: a new draw for every example, or the fixed draw of this number for all (entries of the first `start_dims`
+        dimensions)."""
 
         def draw(part: torch.Tensor) -> torch.Tensor:
             if number is None:
                 return self.initial_scale * torch.randn_like(part)
             # on the CPU, which every device has: the same everywhere
-            values = torch.randn(part.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
+            values = torch.randn(part.shape[self.start_dims :], generator=generator, dtype=torch.float32, device="cpu")
             return (self.initial_scale * values).to(part.device, part.dtype).expand_as(part)
 
         generator = torch.Generator("cpu").manual_seed(number or 0)
@@ -404,7 +407,8 @@ class ReversibleFixedPoint(nn.Module):
         if z0 is not None and isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != state[0].shape[0]:
             raise ValueError(f"x and z0 must agree in their first dimension (the batch), got {x.shape[0]} and {state[0].shape[0]}")
         if measure_mask is not None:
-            _check_measure_mask(measure_mask, state, self.row_dims, self.solver)
+            _check_measure_mask(measure_mask, state)
+            measure_mask = measure_mask if self.row_dims == 1 else None
         refuse_training_batchnorm(self.block)
         refuse_cached_parametrizations(self.block)
         if max_steps is not None:
@@ -475,7 +479,7 @@ class ReversibleFixedPoint(nn.Module):
                 self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
             recomputed = recompute_before if follow else None
-            z, found = solve_float(evaluator, start, steps, tol, self._approximation, recomputed, self.row_dims, record)
+            z, found = solve_float(evaluator, start, steps, tol, self._approximation, recomputed, self.row_dims, record, measure_mask)
             states, residuals = [unflatten(state, evaluator, self.row_dims) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
             statistics = SolveStatistics(found.steps, found.residual, found.evaluations, evaluator.shapes, clamped, found.nonfinite)
@@ -636,10 +640,8 @@ def _undone_on_failure(evaluator: Evaluator, state: State) -> Iterator[None]:
         ) from error
 
 
-def _check_measure_mask(mask: torch.Tensor, state: State, row_dims: int, solver: str) -> None:
+def _check_measure_mask(mask: torch.Tensor, state: State) -> None:
     expected = tuple(state[0].shape[:2])
-    if row_dims != 1 or solver != "reversible":
-        raise ValueError(f"measure_mask needs row_dims=1 and solver='reversible', got {row_dims} and {solver!r}")
     if mask.dtype != torch.bool or tuple(mask.shape) != expected or any(tuple(part.shape[:2]) != expected for part in state):
         raise ValueError(f"measure_mask must be (batch, positions) = {expected} of torch.bool, got {tuple(mask.shape)} of {mask.dtype}")
 

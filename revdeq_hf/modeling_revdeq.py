@@ -209,6 +209,12 @@ def _checkpoint_layer(checkpoint_function: Callable | None, forward: partial, *a
     return checkpoint_function(forward, *args)
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a user has hooks on what it returns; those by which FSDP2 gathers its weights are none of a user's."""
+    hooks = (*module._forward_hooks.values(), *module._backward_hooks.values(), *module._backward_pre_hooks.values())
+    return any(not getattr(hook, "__module__", "").startswith("torch.distributed") for hook in hooks)
+
+
 # gradients of a solve are taken with autograd.grad, which the reentrant kind refuses
 _recompute = partial(checkpoint, use_reentrant=False)
 
@@ -250,6 +256,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
             path_noise=config.path_noise,
             num_restarts=config.num_restarts,
         )
+        self.solve.start_dims = 2  # neither padding nor a cache may move what a token starts from
         self._remember_configuration([self.solve])
         self.coda = nn.ModuleList(RevDEQLayer(config, index) for index in range(config.num_coda_layers))
         self.gradient_checkpointing = False
@@ -314,9 +321,8 @@ class RevDEQModel(RevDEQPreTrainedModel):
                     "output_trajectory=True runs the layers after the fixed point once per step and needs past_key_values=None"
                 )
         measure_mask = None
-        stops_as_a_whole = self.solve.row_dims == 1 and self.solve.solver == "reversible"
-        if stops_as_a_whole and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            measure_mask = attention_mask.bool()  # padding must not hold an example back
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == embeds.shape[:2]:
+            measure_mask = attention_mask.bool()  # padding must not hold an example back, nor count in what is told of the solve
         given = past_key_values
         past_key_values = self._usable_cache(past_key_values, use_cache, steps)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -546,10 +552,10 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         )
 
     def _loss_needs_no_logits(self) -> bool:
-        """Whether the loss is the usual one, and the head the usual one: not replaced by a user, nor wrapped by an adapter."""
-        usual = isinstance(self.lm_head, RevDEQHead) and self.loss_function is LOSS_MAPPING["ForCausalLM"]
+        """Whether the loss is the usual one, and the head the usual one: not replaced by a user, wrapped by an adapter, nor with hooks, which want logits."""
+        usual = isinstance(self.lm_head, RevDEQHead) and self.loss_function is LOSS_MAPPING["ForCausalLM"] and not _has_hooks(self.lm_head)
         if not usual:
-            logger.warning_once("the loss function or the output layer has been replaced, so training computes all logits")
+            logger.warning_once("the loss function or the output layer has been replaced or has hooks, so training computes all logits")
         return usual
 
     def _loss_without_logits(

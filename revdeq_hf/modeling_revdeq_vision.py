@@ -490,8 +490,6 @@ class RevDEQForImageClassification(RevDEQVisionPreTrainedModel):
     """
 )
 class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
-    accepts_loss_kwargs = False  # Trainer counts labels other than -100, not those that count here
-
     def __init__(self, config: RevDEQVisionConfig) -> None:
         super().__init__(config)
         if len(config.hidden_sizes) != 1 or config.stem_stride != 1:
@@ -503,6 +501,11 @@ class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
         self.model = RevDEQVisionModel(config)
         self.classifier = nn.Conv2d(config.hidden_sizes[0], config.num_labels, 1)
         self.post_init()
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer may tell how many labels count in an update of several micro-batches: it counts those other than -100."""
+        return self.config.semantic_loss_ignore_index == IGNORED_LABEL
 
     @can_return_tuple
     @auto_docstring
@@ -520,7 +523,8 @@ class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
         r"""
         labels (`torch.LongTensor` of shape `(batch, height, width)`, *optional*):
             Classes, from 0 to `config.num_labels` - 1, or `config.semantic_loss_ignore_index` for a pixel that counts for nothing. The loss is the mean
-            cross-entropy of the others.
+            cross-entropy of the others. Where the pixels that count are unevenly spread and micro-batches are accumulated, set that index to -100, by which
+            Trainer counts; else the mean of their means is taken.
         max_steps (`int` or `list[int]`, *optional*):
             Steps of the solve instead of `config.max_steps`: a larger grid needs more.
         tol (`float`, *optional*):
@@ -561,6 +565,7 @@ class RevDEQForSemanticSegmentation(RevDEQVisionPreTrainedModel):
         if labels is not None:
             ignored = self.config.semantic_loss_ignore_index
             loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), ignore_index=ignored)
+            loss = share_of_batch(loss, labels, kwargs.get("num_items_in_batch") if self.accepts_loss_kwargs else None)
         return RevDEQSemanticSegmenterOutput(
             loss=loss,
             logits=logits,

@@ -19,7 +19,7 @@ class MuonAdamW(torch.optim.Optimizer):
     few exchanges of each in an update; checkpoints of either kind can be resumed.
 
     Args:
-        model: a transformers model. Its body is `model.base_model`, so a task's head is not among the matrices.
+        model: a transformers model, also within DDP or with adapters of peft. Its body is its `base_model`, so a task's head is not among the matrices.
         lr: learning rate of AdamW, > 0.
         muon_lr: learning rate of Muon, > 0; updates are scaled to the root mean square of AdamW's (`adjust_lr_fn="match_rms_adamw"`), so a good one is
             near AdamW's or a few times that.
@@ -45,7 +45,9 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         momentum: float = 0.95,
     ) -> None:
-        body = getattr(model, "base_model", model)
+        whole: Any = getattr(model, "module", model)  # within DDP
+        whole = whole.get_base_model() if hasattr(whole, "get_base_model") else whole  # within adapters of peft
+        body = getattr(whole, "base_model", whole)
         layers = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         of_layers = (module for module in body.modules() if isinstance(module, layers) and getattr(module, "groups", 1) == 1)
         # a parametrised weight is computed from others, which are AdamW's

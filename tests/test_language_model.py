@@ -137,6 +137,21 @@ def test_attention_kernels_agree():
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", [*VARIANTS, dict(is_causal=False)], ids=str)
+def test_masks_of_truth_values_hide_what_masks_of_numbers_hide(variant, attention):
+    """A mask of a user's own, (batch, 1, queries, keys): True where a token may look, or 0 and the most negative number."""
+    model = small(attn_implementation=attention, **variant)
+    may = torch.ones(11, 11, dtype=torch.bool).tril() & (torch.arange(11) < 9) | torch.eye(11, dtype=torch.bool)
+    may = may.expand(2, 1, 11, 11)
+    numbers = torch.zeros(may.shape).masked_fill(~may, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        wanted = model(IDS, attention_mask=numbers).logits
+        torch.testing.assert_close(model(IDS, attention_mask=may).logits, wanted, rtol=0, atol=1e-5)
+        if attention == "eager":
+            torch.testing.assert_close(model(IDS, attention_mask=may.long()).logits, wanted, rtol=0, atol=1e-5)
+
+
 def test_a_cache_of_other_steps_is_refused_before_anything_is_written():
     model = small()
     with torch.no_grad():

@@ -208,6 +208,19 @@ def test_a_head_or_a_loss_that_was_replaced_is_used():
         assert model(IDS).logits.shape == (4, 11, 80)
 
 
+def test_hooks_of_the_head_see_logits():
+    """As they do in evaluation: a cap of the logits, for one."""
+    losses = {}
+    for skip_logits in (None, False):
+        model = model_of()
+        hook = model.lm_head.register_forward_hook(lambda module, inputs, logits: 0.5 * torch.tanh(logits))
+        losses[skip_logits] = model(IDS, labels=IDS, skip_logits=skip_logits).loss
+    torch.testing.assert_close(losses[None], losses[False])
+    torch.testing.assert_close(losses[None], model.eval()(IDS, labels=IDS).loss)
+    hook.remove()
+    assert model.train()(IDS, labels=IDS).logits is None
+
+
 def test_peak_memory_without_logits():
     """The logits of 1,024 tokens take 64 MB in float32, and as much again for their gradients."""
     hidden, labels = torch.randn(1024, 8), torch.randint(0, 16384, (1024,))

@@ -56,6 +56,21 @@ def test_matrices_of_the_body_are_muons_and_each_parameter_has_one_place():
     assert len(held) == len({id(parameter) for parameter in held}) == sum(p.requires_grad for p in model.parameters())
 
 
+def test_heads_are_adamws_whatever_the_model_is_wrapped_in():
+    class Wrapped(torch.nn.Module):  # as DistributedDataParallel holds it
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2)
+    for wrap in (Wrapped, lambda model: peft.get_peft_model(model, adapters), lambda model: Wrapped(peft.get_peft_model(model, adapters))):
+        model = wrap(looped())
+        optimizer = MuonAdamW(model, 1e-3, 1e-2)
+        assert not any("lm_head" in name for name in names(model, optimizer.muon.param_groups[0]["params"]))
+        assert any("lm_head" in name for name in names(model, optimizer.adamw.param_groups[0]["params"]))
+
+
 def test_updates_are_those_of_torchs_two():
     model, other = looped(), looped()
     both = MuonAdamW(model, 1e-3, 1e-2, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)

@@ -251,9 +251,62 @@ def test_padding_does_not_hold_an_example_back(gradient):
         assert counted.residual.shape == (2,)
         with pytest.raises(ValueError, match=r"measure_mask must be \(batch, positions\) = \(2, 5\)"):
             model.model.solve(torch.randn(2, 5, 16), measure_mask=torch.ones(2, 4, dtype=torch.bool))
-    causal = ReversibleFixedPoint(torch.nn.Linear(4, 4), row_dims=2)
-    with pytest.raises(ValueError, match="needs row_dims=1"):
-        causal(torch.randn(2, 3, 4), measure_mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(initial_scale=1.0, max_steps=4),
+        dict(initial_scale=1.0, num_restarts=3, max_steps=2),
+        dict(initial_scale=1.0, num_restarts=3, max_steps=30, tol=0.01),
+        *(dict(solver=solver, gradient="implicit", max_steps=4) for solver in ("anderson", "broyden")),
+        *(dict(solver=solver, gradient="implicit", max_steps=20, tol=0.03) for solver in ("anderson", "broyden", "picard", "relaxed")),
+    ],
+    ids=str,
+)
+def test_law_6_padding_changes_no_answer_where_a_sentence_is_one_solve(settings, side):
+    """Neither through drawn starts, nor through the weights of solvers that remember, nor through where they stop."""
+    config = dict(vocab_size=20, hidden_size=20, intermediate_size=16, num_attention_heads=2, is_causal=False, num_labels=3, **settings)
+    model = awake(RevDEQForTokenClassification(RevDEQConfig(**config)), std=0.3).eval()
+    ids, more = torch.randint(20, (3, 8)), torch.zeros(3, 9, dtype=torch.long)
+    parts = [(ids, torch.ones_like(ids)), (more, more)]
+    padded, mask = (torch.cat(part, 1) for part in zip(*(parts if side == "right" else reversed(parts)), strict=True))
+    labels = torch.randint(3, (3, 8))
+    gradients = []
+    for arguments, kept, wanted in (
+        (dict(input_ids=ids), slice(None), labels),
+        (dict(input_ids=padded, attention_mask=mask), mask.bool(), torch.full_like(padded, -100).masked_scatter(mask.bool(), labels)),
+    ):
+        model.zero_grad()
+        outputs = model(**arguments, labels=wanted, output_solver_stats=True)
+        outputs.loss.backward()
+        gradients.append(
+            (outputs.logits[kept].reshape(3, 8, 3), outputs.solver_steps, [p.grad for p in model.parameters() if p.grad is not None])
+        )
+    (alone, steps, own), (together, same_steps, others) = gradients
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert torch.equal(steps, same_steps)
+    for one, other in zip(own, others, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-2, atol=1e-4)
+
+
+def test_each_example_stops_by_itself_whatever_else_x_holds():
+    """What all examples share may be as large as the batch, and is not taken apart with it."""
+
+    class Shared(torch.nn.Module):
+        def forward(self, z, x):
+            return x["gain"] * torch.tanh(z + x["position"]) + x["inputs"]
+
+    inputs, position = torch.randn(4, 4, 8), torch.randn(4, 8)
+    gain = torch.tensor([0.1, 0.3, 0.6, 0.9]).view(4, 1, 1)
+    layer = ReversibleFixedPoint(Shared(), max_steps=200, tol=1e-5)
+    x = {"inputs": inputs, "gain": gain, "position": position}
+    with torch.no_grad():
+        solution = layer(x, z0=torch.zeros(4, 4, 8))
+        assert solution.steps.unique().numel() > 1
+        f = layer.block(solution.z, x)
+    assert ((f - solution.z).flatten(1).norm(dim=1) / f.flatten(1).norm(dim=1)).max() < 1e-4
 
 
 def test_positions_that_are_rows_are_taken_together():

@@ -283,6 +283,50 @@ def test_a_solve_does_not_take_back_what_other_threads_draw():
     assert len(set(layer.block.drawn)) == len(layer.block.drawn) == 11  # ten evaluations, and one that finds out who draws
 
 
+class Scaled(nn.Module):
+    """Its buffer is one that a user, and no evaluation, changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.drop = nn.Linear(6, 6), nn.Dropout(0.3)
+        self.register_buffer("scale", torch.ones(6))
+
+    def forward(self, z, x):
+        return torch.tanh(0.5 * self.drop(self.linear(z)) * self.scale + x)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(("gradient", "keep"), [("checkpoint", 1), ("checkpoint", 0), ("implicit", 1)])
+def test_law_9_a_buffer_that_changed_between_the_passes_is_told(gradient, keep, in_place):
+    layer = ReversibleFixedPoint(Scaled(), max_steps=3, gradient=gradient, keep_evaluations=keep)
+    loss = layer(torch.randn(4, 6)).z.square().sum()
+    if in_place:
+        with torch.no_grad():
+            layer.block.scale.mul_(0.5)
+    else:
+        layer.block.scale = layer.block.scale * 0.5
+    with pytest.raises(RuntimeError, match=r"buffer .scale. of shape .* has been changed between|modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "implicit"])
+def test_law_1_a_switch_between_training_and_evaluation_does_not_reach_a_backward_pass(gradient, training):
+    x, gradients = torch.randn(4, 6), []
+    layer = ReversibleFixedPoint(Scaled(), max_steps=3, gradient=gradient, drift_policy="raise")
+    for switched in (False, True):
+        layer.train(training)
+        layer.zero_grad()
+        torch.manual_seed(7)
+        loss = layer(x).z.square().sum()
+        layer.train(training != switched)
+        loss.backward()
+        assert layer.block.drop.training == (training != switched)
+        gradients.append([parameter.grad for parameter in layer.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_one_mask_of_dropout_in_evaluation_too():
     layer = ReversibleFixedPoint(Interrupted(0.3), max_steps=40, beta=0.5).eval()
     with torch.no_grad():

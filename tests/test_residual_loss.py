@@ -5,10 +5,20 @@ import pickle
 
 import pytest
 import torch
+from conftest import awake
 from torch import nn
 from torch.linalg import vector_norm
+from transformers import DynamicCache
 
-from revdeq_hf import ResidualLoss, RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, ReversibleFixedPoint
+from revdeq_hf import (
+    ResidualLoss,
+    RevDEQConfig,
+    RevDEQForCausalLM,
+    RevDEQForImageClassification,
+    RevDEQModel,
+    RevDEQVisionConfig,
+    ReversibleFixedPoint,
+)
 
 
 class Block(nn.Module):
@@ -165,6 +175,34 @@ def test_a_language_model_learns_to_converge(compiled):
         return model.model.solve.statistics.residual.mean().item()
 
     assert train(5.0) < 0.7 * train(0.0)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_padding_does_not_count(is_causal):
+    config = RevDEQConfig(vocab_size=31, hidden_size=16, intermediate_size=16, num_attention_heads=2, max_steps=2, is_causal=is_causal)
+    model = awake(RevDEQModel(config), std=0.5).train()
+    residual, ids = ResidualLoss(model), torch.randint(31, (2, 6))
+    model(ids)
+    alone = residual()
+    for padding in ((0, 5), (5, 0)):
+        mask = torch.nn.functional.pad(torch.ones_like(ids), padding)
+        model(torch.nn.functional.pad(ids, padding), attention_mask=mask)
+        torch.testing.assert_close(residual(), alone)
+
+
+def test_recorded_layers_are_those_of_the_solve():
+    settings = dict(num_coda_layers=1, attn_implementation="eager")
+    config = RevDEQConfig(vocab_size=31, hidden_size=16, intermediate_size=16, num_attention_heads=2, max_steps=2, **settings)
+    model, ids = awake(RevDEQModel(config)).train(), torch.randint(31, (2, 6))
+    alone = model(ids, output_hidden_states=True, output_attentions=True)
+    residual = ResidualLoss(model)
+    measured = model(ids, output_hidden_states=True, output_attentions=True)
+    assert residual() > 0
+    for name in ("hidden_states", "attentions"):
+        for one, other in zip(alone[name], measured[name], strict=True):
+            assert torch.equal(one, other)
+    with pytest.raises(RuntimeError, match="use_cache=False"):
+        model(ids, past_key_values=DynamicCache(config=config))
 
 
 def test_it_costs_nothing_without_gradients_or_once_removed():

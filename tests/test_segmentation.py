@@ -96,6 +96,32 @@ def test_the_loss_is_the_mean_over_pixels_that_count(ignored):
     torch.testing.assert_close(out.loss, torch.stack(taken).mean())
 
 
+@pytest.mark.parametrize("ignored", [-100, 255])
+def test_micro_batches_are_one_batch_where_trainer_can_count(ignored, tmp_path):
+    """It counts labels other than -100; pixels that count are spread unevenly here."""
+    labels = LABELS.clone()
+    labels[1, 1:] = ignored
+    rows = [{"pixel_values": grid, "labels": label} for grid, label in zip(GRIDS, labels, strict=True)]
+    updated = []
+    for size in (2, 1):
+        torch.manual_seed(0)
+        model = small(semantic_loss_ignore_index=ignored)
+        settings = dict(
+            max_steps=1, learning_rate=0.1, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant", report_to="none", disable_tqdm=True
+        )
+        arguments = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=2 // size,
+            save_strategy="no",
+            use_cpu=True,
+            **settings,
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        updated.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert torch.allclose(*updated, atol=1e-6) == (ignored == -100)
+
+
 @pytest.mark.parametrize("settings", [{}, dict(initial_scale=1.0, path_noise=0.05), dict(block_type="paper", stem="batch_norm")], ids=str)
 def test_gradient_modes_agree_and_drift_is_zero(settings):
     gradients = {}
