@@ -414,9 +414,7 @@ class _Reversible(torch.autograd.Function):
                 state.retreat(part, number // 2 % segment, active)
             return found[: len(still)]
 
-        shapes = zip(evaluator.shapes, gradients, strict=True)
-        gz = tuple(torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) if g is None else g for shape, g in shapes)
-        gz = solve.poisoned(gz)
+        gz = solve.poisoned(gradients)  # zeros where nothing came: torch fills them in
         gy = tuple(torch.zeros_like(g) for g in gz)
         phase = solve.phase
         with evaluator.replay(), without_hooks(parameters):

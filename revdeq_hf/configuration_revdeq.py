@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.type_validators import interval
 
 from .hub_revdeq import BundledConfig
-from .layer_revdeq import check_path_settings, check_solver_settings
+from .layer_revdeq import check_choice, check_settings
 
 BLOCK_TYPES = ("modern", "paper")
 VISION_BLOCK_TYPES = (*BLOCK_TYPES, "recall")
@@ -182,8 +182,8 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads, got {self.num_key_value_heads} and {self.num_attention_heads}"
             )
-        _check_member(self, "block_type", BLOCK_TYPES)
-        _check_member(self, "kv_cache", KV_CACHES)
+        check_choice("block_type", self.block_type, BLOCK_TYPES)
+        check_choice("kv_cache", self.kv_cache, KV_CACHES)
         rope = self.rope_parameters or {}
         if (kind := rope.get("rope_type", "default")) not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(
@@ -200,10 +200,7 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
 
     def validate_solver(self):
-        check_solver_settings(
-            self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
-        )
-        check_path_settings(self.damping, self.initial_scale, self.path_noise, self.num_restarts, self.solver)
+        check_settings(self, self.max_steps)
         if self.is_causal and self.initial_scale:
             raise ValueError(
                 f"initial_scale={self.initial_scale} needs is_causal=False: a causal model meets its tokens in parts, where they have other start states"
@@ -383,9 +380,9 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"group_width must divide the channels of every stage, got {self.group_width} and {size}")
         if len(self.steps_per_stage) != len(sizes):
             raise ValueError(f"max_steps must be a number or have one entry per stage, got {self.max_steps} for {len(sizes)} stages")
-        _check_member(self, "stem", STEMS)
-        _check_member(self, "downsample", DOWNSAMPLES)
-        _check_member(self, "block_type", VISION_BLOCK_TYPES)
+        check_choice("stem", self.stem, STEMS)
+        check_choice("downsample", self.downsample, DOWNSAMPLES)
+        check_choice("block_type", self.block_type, VISION_BLOCK_TYPES)
         if len(self.kernel_sides) != 2 or any(side < 1 or side % 2 == 0 for side in self.kernel_sides):
             raise ValueError(f"kernel_size must be odd, a number or two, so that the state keeps its size, got {self.kernel_size}")
         if not self.norm_eps > 0:
@@ -395,10 +392,7 @@ class RevDEQVisionConfig(BundledConfig, BackboneConfigMixin, PreTrainedConfig):
 
     def validate_solver(self):
         for steps in self.steps_per_stage:
-            check_solver_settings(
-                self.beta, steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
-            )
-        check_path_settings(self.damping, self.initial_scale, self.path_noise, self.num_restarts, self.solver)
+            check_settings(self, steps)
 
 
 def _check_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:
@@ -411,11 +405,6 @@ def _check_at_least(config: PreTrainedConfig, least: int, *names: str) -> None:
 def _ten_labels(settings: dict) -> dict:
     """Those of CIFAR-10, where a preset is not given others."""
     return {} if "id2label" in settings else {"num_labels": 10}
-
-
-def _check_member(config: PreTrainedConfig, name: str, allowed: tuple[str, ...]) -> None:
-    if getattr(config, name) not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(config, name)!r}")
 
 
 __all__ = ["RevDEQConfig", "RevDEQVisionConfig"]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .adjoint_revdeq import residual_of
 from .evaluator_revdeq import Evaluator, State, evaluate_with_graph, generator_states, kept_buffers, set_generator_states
-from .layer_revdeq import SOLVER_ARGUMENTS, ReversibleFixedPoint, fixed_point_layers
+from .layer_revdeq import SOLVER_ARGUMENTS, ReversibleFixedPoint, fixed_point_layers, span
 from .solver_revdeq import rows
 
 
@@ -60,7 +60,7 @@ class Diagnosis:
     def __repr__(self) -> str:
         last = self.residuals[-1]
         shown = f"mean {last.mean().item():.3g} max {last.max().item():.3g}" if last.numel() else "of an empty batch"
-        steps = f"{int(self.steps.min())} to {int(self.steps.max())}" if self.steps.numel() else "0"
+        steps = span(self.steps) if self.steps.numel() else "0"
         return (
             f"Diagnosis(beta={self.beta:g}, steps={steps}, evaluations={self.evaluations}, residual {shown}, "
             f"spectral_radius max {self._radius():.3g}, rate={self.rate:.3g}, beta_limit={self.beta_limit:.3g}, drift={self.drift}, "
@@ -69,13 +69,11 @@ class Diagnosis:
 
     def plot(self, path: "str | os.PathLike") -> None:
         """Draws the residual over the steps (median, all rows' range) beside the rate of theorem 3.1 to a PNG or PDF file. Needs matplotlib."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         flat = self.residuals.flatten(1).float().cpu()
         steps = range(1, len(flat) + 1)
         figure = Figure(figsize=(6, 4), layout="constrained")
-        FigureCanvasAgg(figure)
         axes = figure.subplots()
         median = flat.median(dim=1).values.tolist()
         axes.fill_between(steps, flat.amin(1).tolist(), flat.amax(1).tolist(), alpha=0.2, label="all rows")
@@ -249,8 +247,7 @@ def _spectral_radius(z: State, f: State, iterations: int) -> torch.Tensor:
         safe = torch.where(norm > 0, norm, 1.0)  # a nilpotent Jacobian maps the vector to 0, and 0 stays
         row = tuple((part / safe.to(part.dtype).reshape(-1, *[1] * (part.dim() - 1))) for part in row)
         weights = [part for part, output in zip(row, f, strict=True) if output.requires_grad]
-        found = torch.autograd.grad(outputs, z, weights, retain_graph=True, allow_unused=True)
-        row = tuple(torch.zeros_like(part) if g is None else g for g, part in zip(found, z, strict=True))
+        row = torch.autograd.grad(outputs, z, weights, retain_graph=True, allow_unused=True, materialize_grads=True)
     later = torch.stack(growths[iterations // 2 :])
     return later.log().mean(dim=0).exp().float()
 
@@ -291,7 +288,6 @@ class LogitLens:
             tokenizer: with it each cell names the token it predicts; readable for up to some 40 positions.
             row: which text of the batch.
         """
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
 
@@ -299,7 +295,6 @@ class LogitLens:
         if len(words) != length:
             raise ValueError(f"words must name the {length} positions of the text, got {len(words)}")
         figure = Figure(figsize=(max(6.0, 0.55 * length), 1.8 + 0.5 * steps + 0.35 * len(self.residual)), layout="constrained")
-        FigureCanvasAgg(figure)
         upper, lower = figure.subplots(2, 1, height_ratios=[1.4, 1])
         divergence, residual = (x[:, row].clamp_min(1e-5).cpu().numpy() for x in (self.divergence, self.residual))
         panels = (

@@ -7,6 +7,7 @@ import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -269,17 +270,23 @@ class Evaluator:
     def __call__(self, state: State, tensors: list[torch.Tensor]) -> State:
         """`f(state)` in the dtypes of the state; `tensors` take the places of the call's own."""
         x, context, kwargs = _put_tensors(self.template, tensors)
-        z = state if self.is_tuple else state[0]
+        call = partial(self.block, state if self.is_tuple else state[0], x, *context, **kwargs)
         if torch.compiler.is_compiling():  # a trace has no generators, and buffers of its own
-            return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
-        if self._generators is not None:
+            values = self._checked(call())
+        elif self._generators is None:
+            values = self._first(call, [t for t in (*state, *tensors) if not t.is_inference()])
+        else:
             if self._doubted:
-                self._doubted, self.random = False, self._draws(z, x, context, kwargs)
+                self._doubted, self.random = False, self._draws(call)
             if self.random:
                 set_generator_states(self._generators, self.device)
             self._put_back()
             with same_convolutions(self.device):
-                return self._damped(state, self._checked(self.block(z, x, *context, **kwargs)))
+                values = self._checked(call())
+        return self._damped(state, values)
+
+    def _first(self, call: Callable[[], Any], inputs: list[torch.Tensor]) -> State:
+        """The first evaluation of a solve, which shows what the block draws and changes."""
         self._generators = generator_states(self.device)
         buffers = kept_buffers(self.block, training=True)
         self._changed = buffers  # all of them, for the case that the block raises
@@ -290,10 +297,9 @@ class Evaluator:
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_inference()
         ]
-        inputs = [t for t in (*state, *tensors) if not t.is_inference()]
         versions = [t._version for t in inputs]
         with same_convolutions(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or self.unfollowed):
-            out = self.block(z, x, *context, **kwargs)
+            out = call()
         self._changed = [buffer for buffer in buffers if buffer.moved]
         self.steady = [entry for entry in steady if not _moved(*entry)]
         moved = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
@@ -312,13 +318,13 @@ class Evaluator:
         if self.unfollowed:
             refuse_hidden_inputs(values, ())
             values = tuple(value.detach() for value in values)
-        return self._damped(state, values)
+        return values
 
-    def _draws(self, z: Any, x: Any, context: Any, kwargs: Any) -> bool:
+    def _draws(self, call: Callable[[], Any]) -> bool:
         """Whether the block draws random numbers, found out by one more call of it, which draws no others if it does not."""
         with _Draws() as seen:
             self._put_back()
-            self.block(z, x, *context, **kwargs)
+            call()
         return seen.found
 
     def _damped(self, state: State, values: State) -> State:
@@ -444,7 +450,8 @@ def refuse_hidden_inputs(outputs: Iterable[torch.Tensor], known: Iterable[torch.
             raise RuntimeError(
                 f"the block uses a tensor of shape {tuple(foreign.shape)} that requires grad and is neither one of its parameters nor one of "
                 "its arguments, so this gradient mode cannot give it a gradient; "
-                "pass it to the layer as a context argument (a tensor, or in tuples, lists and dicts), register it as a parameter of the block, or use "
+                "pass it to the layer as a context argument (a tensor, or in tuples, lists and dicts; dict(x) of a BatchEncoding, in which nothing is "
+                "looked for), register it as a parameter of the block, or use "
                 "gradient='backprop'. nn.DataParallel and FSDP inside the solve hide parameters so: use torchrun with DDP, or shard the layer as a whole"
             )
         for following, _ in node.next_functions:

@@ -73,9 +73,9 @@ def find_fixed_point(
     """
     update: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     if solver == "picard":
-        update = _picard
+        update = lambda z, value: value  # noqa: E731
     elif solver == "relaxed":
-        update = _Relaxed(beta)
+        update = lambda z, value: torch.lerp(z, value, beta)  # noqa: E731
     elif solver == "anderson":
         update = _Anderson(beta, memory)
     else:
@@ -111,18 +111,6 @@ def find_fixed_point(
     return FloatSolve(z, steps, residual, nonfinite, evaluations, trajectory, step_residuals)
 
 
-def _picard(z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return value
-
-
-class _Relaxed:
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
-
-    def __call__(self, z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return torch.lerp(z, value, self.beta)
-
-
 class _Anderson:
     """Keeps the last `memory` iterates and their values; solves a small bordered system for the weights of each example."""
 
@@ -134,8 +122,7 @@ class _Anderson:
         self.values: list[torch.Tensor] = []
 
     def __call__(self, z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        self.states = [*self.states[1 - self.memory :], z] if self.memory > 1 else [z]
-        self.values = [*self.values[1 - self.memory :], value] if self.memory > 1 else [value]
+        self.states, self.values = [*self.states, z][-self.memory :], [*self.values, value][-self.memory :]
         states, values = torch.stack(self.states, 1), torch.stack(self.values, 1)  # (batch, kept, elements)
         gaps = (values - states).double()
         gram = gaps @ gaps.transpose(1, 2)

@@ -17,6 +17,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .layer_revdeq import fixed_point_layers
 from .license_revdeq import LICENSE
 
 __version__ = "0.1.0"
@@ -171,7 +172,7 @@ class BundledModel:
         if now != self._configured:
             if not torch.compiler.is_compiling():  # where torch 2.11 fails, and the layers check theirs in each solve
                 self.config.validate()  # type: ignore[attr-defined]
-            for layer in _layers_of(self):  # not of what they may be wrapped in, where it would stay
+            for _, layer in fixed_point_layers(self):  # type: ignore[arg-type]  # not of what they may be wrapped in, where it would stay
                 for name, value in now.items():
                     if value != self._configured[name]:
                         setattr(layer, name, dict(value) if isinstance(value, dict) else value)
@@ -199,8 +200,8 @@ class BundledModel:
         """What is saved is the configuration, and what has been run are the layers, on which other settings may have been set."""
         config, differ = self.config, {}  # type: ignore[attr-defined]
         following = [part for part in self.modules() if hasattr(part, "_configured") and part.config is config]  # type: ignore[attr-defined]
-        configured = {id(layer): part._configured for part in following for layer in _layers_of(part)}
-        for module in _layers_of(self):
+        configured = {id(layer): part._configured for part in following for _, layer in fixed_point_layers(part)}
+        for _, module in fixed_point_layers(self):  # type: ignore[arg-type]
             if all(hasattr(config, name) for name in SOLVER_SETTINGS):
                 for name, saved in self._solver_settings().items():
                     used = getattr(module, name)
@@ -220,11 +221,6 @@ class BundledModel:
         """As transformers', for classes derived from ours, whose file is then saved too. Ours, which it registers as it loads them, need none of it."""
         if not _is_ours(f"{cls.__module__.split('.')[-1]}.{cls.__name__}"):
             super().register_for_auto_class(auto_class)  # type: ignore[misc]
-
-
-def _layers_of(model: Any) -> list[Any]:
-    """The fixed-point layers, by the name of their class (also FSDP2's): a configuration saved alone would take the class's files along."""
-    return [module for module in model.modules() if type(module).__name__ in ("ReversibleFixedPoint", "FSDPReversibleFixedPoint")]
 
 
 def _is_ours(class_reference: Any) -> bool:

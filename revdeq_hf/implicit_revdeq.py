@@ -138,8 +138,7 @@ class _Implicit(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks nothing twice
         z, arguments = saved[:count], saved[count : ctx.end]
         leaves = as_leaves(arguments, needed[count : ctx.end])
-        shapes = zip(evaluator.shapes, gradients, strict=True)
-        g = flatten(tuple(torch.zeros(s, dtype=evaluator.dtype, device=evaluator.device) if x is None else x for s, x in shapes))
+        g = flatten(gradients)
         with evaluator.replay():
             evaluation = evaluate_with_graph(evaluator, z, leaves)
         refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves, *ctx.parameters))
@@ -149,13 +148,12 @@ class _Implicit(torch.autograd.Function):
         def pull(inputs: list[torch.Tensor], u: torch.Tensor, last: bool) -> tuple:
             weights = [part for part, keep in zip(unflatten(u, evaluator), chosen, strict=True) if keep]
             with without_hooks(inputs):
-                return torch.autograd.grad(outputs, inputs, weights, retain_graph=not last, allow_unused=True)
+                return torch.autograd.grad(outputs, inputs, weights, retain_graph=not last, allow_unused=True, materialize_grads=not last)
 
         def adjoint(u: torch.Tensor) -> torch.Tensor:
             if not outputs:
                 return g
-            found = pull(list(evaluation.state), u, last=False)
-            return g + flatten(tuple(torch.zeros_like(s) if f is None else f for s, f in zip(evaluation.state, found, strict=True)))
+            return g + flatten(pull(list(evaluation.state), u, last=False))
 
         solution = find_fixed_point(
             "relaxed" if settings.solver == "reversible" else settings.solver,

@@ -37,6 +37,12 @@ WRITTEN_OUT = 64
 DRIFT_POLICIES = ("warn", "raise", "ignore")
 
 
+def span(steps: torch.Tensor) -> str:
+    """The numbers of steps of a solve in words: "4", or "4 to 7"."""
+    least, most = int(steps.min()), int(steps.max())
+    return f"{least}" if least == most else f"{least} to {most}"
+
+
 @dataclass(repr=False)
 class SolveStatistics:
     """The figures of a solve, each for every row: (batch,), or (batch, positions) with `row_dims=2`.
@@ -63,10 +69,9 @@ class SolveStatistics:
         batch = "x".join(map(str, steps.shape))
         if steps.numel() == 0:
             return f"{type(self).__name__}(batch={batch})"
-        taken = f"{int(steps.min())}" if int(steps.min()) == int(steps.max()) else f"{int(steps.min())} to {int(steps.max())}"
         shown = "" if residual is None else f", residual mean {residual.mean().item():.3g} max {residual.max().item():.3g}"
         return (
-            f"{type(self).__name__}(batch={batch}, steps={taken}, evaluations={self.evaluations}{shown}, "
+            f"{type(self).__name__}(batch={batch}, steps={span(steps)}, evaluations={self.evaluations}{shown}, "
             f"clamped={int(self.clamped.sum())}, nonfinite={int(self.nonfinite.sum())})"
         )
 
@@ -87,6 +92,9 @@ class FixedPointSolution(SolveStatistics):
     trajectory: list[torch.Tensor | tuple[torch.Tensor, ...]] | None = None
     step_residuals: torch.Tensor | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; the fixed point itself is its `z`")
+
 
 FIGURES = tuple(SolveStatistics.__dataclass_fields__)
 
@@ -98,6 +106,7 @@ torch.utils._pytree.register_pytree_node(
 )
 
 
+WITH_START = ", from which the state takes its form; with z0= the state has that of z0, and x may be anything that the block takes"
 # keyword arguments of a layer's call that are not the block's
 SOLVER_ARGUMENTS = ("z0", "max_steps", "tol", "gradient", "output_trajectory", "num_restarts", "measure_mask")
 
@@ -208,6 +217,7 @@ class ReversibleFixedPoint(nn.Module):
         super().__init__()
         if not isinstance(block, nn.Module):
             raise TypeError(f"block must be a torch.nn.Module, so that its parameters get gradients, got {type(block).__name__}")
+        _tell_reserved_names(block)
         self.block = block
         self.beta = beta
         self.max_steps = max_steps
@@ -230,16 +240,11 @@ class ReversibleFixedPoint(nn.Module):
 
     def _check_settings(self) -> None:
         """Raises ValueError unless the settings suit one another: as they were given, and in each solve, since they may be set later."""
-        check_solver_settings(
-            self.beta, self.max_steps, self.tol, self.gradient, self.solver, self.keep_evaluations, self.drift_policy, self.steps_sampling
-        )
-        check_path_settings(self.damping, self.initial_scale, self.path_noise, self.num_restarts, self.solver)
+        check_settings(self, self.max_steps)
         if self.row_dims not in (1, 2):
             raise ValueError(f"row_dims must be 1 (examples) or 2 (positions of examples), got {self.row_dims!r}")
         for name in ("solver_memory", "adjoint_max_steps", "phantom_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            check_count(name, getattr(self, name), 1)
         if not 0 <= self.adjoint_tol < math.inf:
             raise ValueError(f"adjoint_tol must be a finite number >= 0, got {self.adjoint_tol!r}")
 
@@ -274,7 +279,7 @@ class ReversibleFixedPoint(nn.Module):
 
     @drift_policy.setter
     def drift_policy(self, policy: str) -> None:
-        self._certificate.policy = _check_choice("drift_policy", policy, DRIFT_POLICIES)
+        self._certificate.policy = check_choice("drift_policy", policy, DRIFT_POLICIES)
 
     @property
     def _approximation(self) -> Approximation:
@@ -290,7 +295,9 @@ class ReversibleFixedPoint(nn.Module):
         return self.training and torch.is_grad_enabled()
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta:g}, max_steps={self.max_steps}, tol={self.tol}, gradient={self.gradient!r}, solver={self.solver!r}"
+        shown = f"beta={self.beta:g}, max_steps={self.max_steps}, tol={self.tol}, gradient={self.gradient!r}, solver={self.solver!r}"
+        unusual = {"steps_sampling": None, "damping": 0, "initial_scale": 0, "path_noise": 0, "num_restarts": 1}
+        return shown + "".join(f", {name}={getattr(self, name)}" for name, usual in unusual.items() if getattr(self, name) != usual)
 
     def forward(
         self,
@@ -330,7 +337,7 @@ class ReversibleFixedPoint(nn.Module):
             self._check_settings()
             refuse_uninitialised(self.block)
         if num_restarts is not None:
-            check_path_settings(self.damping, self.initial_scale, self.path_noise, num_restarts, self.solver)
+            _check_restarts(num_restarts, self.initial_scale)
         restarts = self.num_restarts if num_restarts is None else num_restarts
         settings = (x, context, max_steps, tol, gradient, output_trajectory, measure_mask, block_kwargs)
         if torch.compiler.is_compiling():
@@ -401,7 +408,7 @@ class ReversibleFixedPoint(nn.Module):
         self, z0, x, context, max_steps, tol, gradient, output_trajectory, measure_mask, block_kwargs, block: nn.Module | None = None
     ) -> FixedPointSolution:
         block = self.block if block is None else block
-        mode = self.gradient if gradient is None else _check_choice("gradient", gradient, GRADIENT_MODES)
+        mode = self.gradient if gradient is None else check_choice("gradient", gradient, GRADIENT_MODES)
         _check_combination(mode, self.solver)
         state = _check_state(x if z0 is None else z0, "x" if z0 is None else "z0", self.row_dims)
         if z0 is not None and isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != state[0].shape[0]:
@@ -517,49 +524,52 @@ def better_of(one: FixedPointSolution, other: FixedPointSolution) -> FixedPointS
     return FixedPointSolution(**figures, evaluations=one.evaluations + other.evaluations, shapes=one.shapes)
 
 
-def check_path_settings(damping: float, initial_scale: float, path_noise: float, num_restarts: int, solver: str) -> None:
-    """Raises ValueError, with what was got and what was expected, unless the settings of the path suit `ReversibleFixedPoint`."""
-    for name, value in (("initial_scale", initial_scale), ("path_noise", path_noise)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-    if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping < 1:
-        raise ValueError(f"damping must lie in [0, 1), got {damping!r}")
-    for name, value in (("damping", damping), ("path_noise", path_noise)):
-        if value and solver != "reversible":
-            raise ValueError(f"{name}={value} needs solver='reversible', got {solver!r}")
-    if isinstance(num_restarts, bool) or not isinstance(num_restarts, int) or num_restarts < 1:
-        raise ValueError(f"num_restarts must be a whole number >= 1, got {num_restarts!r}")
+def _tell_reserved_names(block: nn.Module) -> None:
+    """Warns of arguments of the block that a call of the layer takes for its own."""
+    code = getattr(block.forward, "__code__", None)
+    own = [name for name in SOLVER_ARGUMENTS if code and name in code.co_varnames[3 : code.co_argcount + code.co_kwonlyargcount]]
+    if own:
+        warnings.warn(
+            f"{type(block).__name__}.forward has {', '.join(own)} among its arguments, which calls of the layer take as settings of the solver, so that the "
+            "block never gets them by name; rename them, or pass them as context, by position",
+            stacklevel=3,
+        )
+
+
+def _check_restarts(num_restarts: int, initial_scale: float) -> None:
+    check_count("num_restarts", num_restarts, 1)
     if num_restarts > 1 and not initial_scale:
         raise ValueError(
             f"num_restarts={num_restarts} from a start state of zero would find the same {num_restarts} times; set initial_scale > 0"
         )
 
 
-def check_solver_settings(
-    beta: float,
-    max_steps: int,
-    tol: float | None,
-    gradient: str,
-    solver: str,
-    keep_evaluations: int,
-    drift_policy: str,
-    steps_sampling: "Mapping[str, Any] | None" = None,
-) -> None:
-    """Raises ValueError, with what was got and what was expected, unless the settings suit `ReversibleFixedPoint`."""
-    rational_beta(beta)
+def check_settings(of: Any, max_steps: int) -> None:
+    """Raises ValueError, with what was got and what was expected, unless the settings of a layer, or of a configuration, suit `ReversibleFixedPoint`."""
+    rational_beta(of.beta)
     check_steps(max_steps)
-    check_steps_sampling(steps_sampling)
-    if tol is not None:
-        _check_tol(tol)
-    for name, value, allowed in (
-        ("gradient", gradient, GRADIENT_MODES),
-        ("solver", solver, SOLVERS),
-        ("drift_policy", drift_policy, DRIFT_POLICIES),
-    ):
-        _check_choice(name, value, allowed)
-    _check_combination(gradient, solver)
-    if isinstance(keep_evaluations, bool) or not isinstance(keep_evaluations, int) or keep_evaluations < 0:
-        raise ValueError(f"keep_evaluations must be a whole number >= 0, got {keep_evaluations!r}")
+    check_steps_sampling(of.steps_sampling)
+    if of.tol is not None:
+        _check_tol(of.tol)
+    for name, allowed in (("gradient", GRADIENT_MODES), ("solver", SOLVERS), ("drift_policy", DRIFT_POLICIES)):
+        check_choice(name, getattr(of, name), allowed)
+    _check_combination(of.gradient, of.solver)
+    check_count("keep_evaluations", of.keep_evaluations, 0)
+    for name in ("initial_scale", "path_noise"):
+        value = getattr(of, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    if isinstance(of.damping, bool) or not isinstance(of.damping, (int, float)) or not 0 <= of.damping < 1:
+        raise ValueError(f"damping must lie in [0, 1), got {of.damping!r}")
+    for name in ("damping", "path_noise"):
+        if getattr(of, name) and of.solver != "reversible":
+            raise ValueError(f"{name}={getattr(of, name)} needs solver='reversible', got {of.solver!r}")
+    _check_restarts(of.num_restarts, of.initial_scale)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
 def _check_tol(tol: float) -> float:
@@ -568,7 +578,7 @@ def _check_tol(tol: float) -> float:
     return tol
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
@@ -649,11 +659,12 @@ def _check_measure_mask(mask: torch.Tensor, state: State) -> None:
 def _check_state(state, name: str, row_dims: int) -> tuple[torch.Tensor, ...]:
     parts = state if isinstance(state, tuple) else (state,)
     if not parts or not all(isinstance(part, torch.Tensor) for part in parts):
-        raise TypeError(f"{name} must be a tensor or a tuple of tensors, got {type(state).__name__}")
+        raise TypeError(f"{name} must be a tensor or a tuple of tensors, got {type(state).__name__}{WITH_START * (name == 'x')}")
     for part in parts:
         if not part.is_floating_point() or part.dim() < row_dims:
             shape = "(batch, ...)" if row_dims == 1 else "(batch, positions, ...)"
-            raise ValueError(f"{name} must hold floating tensors of shape {shape}, got {part.dtype} of shape {tuple(part.shape)}")
+            found = f"{part.dtype} of shape {tuple(part.shape)}"
+            raise ValueError(f"{name} must hold floating tensors of shape {shape}, got {found}{WITH_START * (name == 'x')}")
     first = parts[0]
     for part in parts[1:]:
         got, expected = ((tuple(t.shape[:row_dims]), t.dtype, t.device) for t in (part, first))

@@ -242,19 +242,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
         self.prelude = nn.ModuleList(RevDEQLayer(config, index) for index in range(config.num_prelude_layers))
         self.solve = ReversibleFixedPoint(
             RevDEQTransformerBlock(config),
-            beta=config.beta,
             max_steps=config.max_steps,
-            tol=config.tol,
-            gradient=config.gradient,
-            solver=config.solver,
-            keep_evaluations=config.keep_evaluations,
-            drift_policy=config.drift_policy,
             row_dims=2 if config.is_causal else 1,  # a token that sees all others has not settled before they have
-            steps_sampling=config.steps_sampling,
-            damping=config.damping,
-            initial_scale=config.initial_scale,
-            path_noise=config.path_noise,
-            num_restarts=config.num_restarts,
+            **self._solver_settings(),
         )
         self.solve.start_dims = 2  # neither padding nor a cache may move what a token starts from
         self._remember_configuration([self.solve])

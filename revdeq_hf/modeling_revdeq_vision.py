@@ -33,7 +33,21 @@ IGNORED_LABEL = -100  # of cross-entropy: such an image counts for nothing
 
 
 @dataclass
-class RevDEQVisionModelOutput(BaseModelOutputWithPoolingAndNoAttention):
+class _SolverFigures:
+    """Fields of every output; before the class of transformers among the bases, so that they come after its own."""
+
+    solver_steps: torch.Tensor | None = None
+    solver_residual: torch.Tensor | None = None
+
+
+@dataclass
+class _Trajectories(_SolverFigures):
+    trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
+    step_residuals: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class RevDEQVisionModelOutput(_Trajectories, BaseModelOutputWithPoolingAndNoAttention):
     """`BaseModelOutputWithPoolingAndNoAttention` and the figures of the solves.
 
     Args:
@@ -44,14 +58,9 @@ class RevDEQVisionModelOutput(BaseModelOutputWithPoolingAndNoAttention):
             shape `(steps begun, batch)`.
     """
 
-    solver_steps: torch.Tensor | None = None
-    solver_residual: torch.Tensor | None = None
-    trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
-    step_residuals: tuple[torch.Tensor, ...] | None = None
-
 
 @dataclass
-class RevDEQImageClassifierOutput(ImageClassifierOutputWithNoAttention):
+class RevDEQImageClassifierOutput(_Trajectories, ImageClassifierOutputWithNoAttention):
     """`ImageClassifierOutputWithNoAttention` and the figures of the solves, where they were asked for.
 
     Args:
@@ -61,14 +70,9 @@ class RevDEQImageClassifierOutput(ImageClassifierOutputWithNoAttention):
         step_residuals (`tuple(torch.FloatTensor)`): With `output_trajectory=True`, as in `RevDEQVisionModelOutput`.
     """
 
-    solver_steps: torch.Tensor | None = None
-    solver_residual: torch.Tensor | None = None
-    trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
-    step_residuals: tuple[torch.Tensor, ...] | None = None
-
 
 @dataclass
-class RevDEQSemanticSegmenterOutput(SemanticSegmenterOutput):
+class RevDEQSemanticSegmenterOutput(_Trajectories, SemanticSegmenterOutput):
     """`SemanticSegmenterOutput` and the figures of the solve, by which an answer can be trusted or not.
 
     Args:
@@ -78,23 +82,15 @@ class RevDEQSemanticSegmenterOutput(SemanticSegmenterOutput):
         step_residuals (`tuple(torch.FloatTensor)`): With `output_trajectory=True`, as in `RevDEQVisionModelOutput`.
     """
 
-    solver_steps: torch.Tensor | None = None
-    solver_residual: torch.Tensor | None = None
-    trajectory: tuple[tuple[torch.Tensor, ...], ...] | None = None
-    step_residuals: tuple[torch.Tensor, ...] | None = None
-
 
 @dataclass
-class RevDEQBackboneOutput(BackboneOutput):
+class RevDEQBackboneOutput(_SolverFigures, BackboneOutput):
     """`BackboneOutput` and the figures of the solves.
 
     Args:
         solver_steps (`torch.LongTensor` of shape `(batch, stages)`): Steps each image took.
         solver_residual (`torch.FloatTensor` of shape `(batch, stages)`): Relative residuals, see `FixedPointSolution`.
     """
-
-    solver_steps: torch.Tensor | None = None
-    solver_residual: torch.Tensor | None = None
 
 
 class RevDEQVisionDownsample(nn.Module):
@@ -194,21 +190,7 @@ class RevDEQVisionNetwork(RevDEQVisionPreTrainedModel):
             stem.append(_max_pool(config.stem_stride))
         self.stem = nn.Sequential(*stem)
         self.stages = nn.ModuleList(
-            ReversibleFixedPoint(
-                _make_block(config, size, ratio),
-                beta=config.beta,
-                max_steps=steps,
-                tol=config.tol,
-                gradient=config.gradient,
-                solver=config.solver,
-                keep_evaluations=config.keep_evaluations,
-                drift_policy=config.drift_policy,
-                steps_sampling=config.steps_sampling,
-                damping=config.damping,
-                initial_scale=config.initial_scale,
-                path_noise=config.path_noise,
-                num_restarts=config.num_restarts,
-            )
+            ReversibleFixedPoint(_make_block(config, size, ratio), max_steps=steps, **self._solver_settings())
             for size, ratio, steps in zip(sizes, config.expansion_ratios, config.steps_per_stage, strict=True)
         )
         self._remember_configuration(self.stages)

@@ -1,6 +1,7 @@
 """What surrounds a solve and must neither be lost nor pass unnoticed: hooks of parameters, closures, changes in place, settings set later."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import revdeq_hf
-from revdeq_hf import ReversibleFixedPoint
+from revdeq_hf import ReversibleFixedPoint, diagnose
 
 MODES = ["reversible", "checkpoint", "backprop", "implicit", "phantom"]
 RECOMPUTING = ["reversible", "checkpoint", "implicit"]
@@ -278,3 +279,29 @@ def test_operations_can_be_counted_in_a_backward_pass_that_recomputes():
 def test_fixed_point_layers_are_found_by_a_public_name():
     model = nn.Sequential(nn.Linear(6, 6), ReversibleFixedPoint(Block()))
     assert revdeq_hf.fixed_point_layers(model) == [("1", model[1])]
+
+
+def test_arguments_that_never_reach_the_block_are_told():
+    class Named(nn.Module):
+        def forward(self, z, x, tol=0.1, *, max_steps=3, gain=1.0):
+            return torch.tanh(0.1 * z + gain * x)
+
+    with pytest.warns(UserWarning, match=r"Named.forward has max_steps, tol among its arguments"):
+        ReversibleFixedPoint(Named())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ReversibleFixedPoint(Block())
+
+
+def test_what_is_asked_of_a_solution_and_of_a_layer_is_answered():
+    layer = ReversibleFixedPoint(Block(), max_steps=2, damping=0.5)
+    solution = layer(start())
+    with pytest.raises(AttributeError, match="no attribute 'mean'; the fixed point itself is its `z`"):
+        solution.mean()
+    assert copy.copy(solution).steps.tolist() == [2, 2, 2]
+    assert "damping=0.5" in repr(layer)
+    assert "restarts" not in repr(layer)
+    assert "steps=2," in repr(diagnose(layer, start()))
+    for x in ({"inputs": start()}, torch.zeros(3, 6, dtype=torch.long)):
+        with pytest.raises((TypeError, ValueError), match="with z0= the state has that of z0, and x may be anything"):
+            layer(x)
