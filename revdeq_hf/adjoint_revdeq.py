@@ -375,6 +375,8 @@ class _Reversible(torch.autograd.Function):
         segment = solve.resolution.segment
         kept, ctx.kept = ctx.kept, []  # a second backward pass over the same graph recomputes them
 
+        # Sums over the evaluations: an argument's goes into the next `autograd.grad` as a seed of its alias, so that autograd adds in the order of stored
+        # backpropagation; a parameter has no alias, and its sum is kept beside (`_Sums`).
         def half_step(
             number: int,
             moved: list[ExactState],

@@ -1,7 +1,7 @@
 # Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
 """What does a saved model bring along, so that it loads where this package is not installed?
 
-Its configuration writes it, next to `config.json`: the code files it needs (some 200 kB), `auto_map` with the names of its classes, `requirements.txt`
+Its configuration writes it, next to `config.json`: the code files it needs (some 270 kB), `auto_map` with the names of its classes, `requirements.txt`
 and `LICENSE`. transformers' own way, `register_for_auto_class`, names the saved class only, and takes FSDP2's wrapper class for the model's own.
 """
 
@@ -163,6 +163,9 @@ class BundledModel:
 
     def _follow_configuration(self, layers: Iterable[Any]) -> None:
         """Sets on the fixed-point layers what was changed in the configuration since; what was set on them stays otherwise.
+
+        A setting is held three times: by the configuration, by the layers, and by `_configured`, which is the configuration as the layers last saw it. Of the
+        first two the one that differs from it was changed, and wins; if both were, the configuration.
 
         Raises:
             StrictDataclassError: the configuration is none that a model could be made from.

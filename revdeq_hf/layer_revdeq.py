@@ -314,6 +314,9 @@ class ReversibleFixedPoint(nn.Module):
     ) -> FixedPointSolution:
         """Solves for the fixed point.
 
+        Ways through this file: eager, `_solve`; with `layer.compile()`, or from a compiled caller that wants gradients, `_solve_apart`, eager around a compiled
+        block; from a compiled caller without gradients, or under torch.export, `_solve` traced into the caller's program (`_traceable`).
+
         Args:
             x: injected input, (batch, ...) floating tensor, or a tuple of such; fixes the form, shape and dtype of the state unless `z0` is given.
             context: further positional arguments of the block. Tensors in them (also inside tuples, lists and dicts) get gradients.

@@ -313,6 +313,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
         measure_mask = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == embeds.shape[:2]:
             measure_mask = attention_mask.bool()  # padding must not hold an example back, nor count in what is told of the solve
+        # one cache, three views: prelude layers find their slots by index, the solve by evaluation (`slots`), coda layers behind these (`after`)
         given = past_key_values
         past_key_values = self._usable_cache(past_key_values, use_cache, steps)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()

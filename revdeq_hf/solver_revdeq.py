@@ -316,6 +316,10 @@ class Scratch:
 class ExactState:
     """One state tensor held as integers.
 
+    An example, with beta = 0.8 (n = 1, d = 5) and F = 0 for short numbers: the state 3 is v = 3, of scale 1. A half step with f = 2 adds q = round(0.8 f) = 2
+    in units of the next scale, 5: v = 3 + 2 * 5 = 13, which stands for 13 / 5 = 0.2 * 3 + 2. The way back is 13 - 10 = 3. After K steps the scale is 5^K,
+    and a spill keeps `v div 5^K`, which is of scale 1 again, while `v mod 5^K` goes to the digits.
+
     Args:
         integers: int64 tensor, the state in units of `resolution.spacing(phase)`. Changed in place.
         resolution: the arithmetic.

@@ -152,7 +152,7 @@ def test_gradients_equal_finite_differences():
     x, z0 = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     for gradient in ("reversible", "checkpoint", "backprop"):
         layer = ReversibleFixedPoint(block, beta=0.8, max_steps=6, gradient=gradient)
-        assert torch.autograd.gradcheck(lambda a, b, layer=layer: layer(a, z0=b).z, (x, z0), eps=1e-5, atol=1e-5, rtol=1e-3)
+        assert torch.autograd.gradcheck(lambda a, b, layer=layer: layer(a, z0=b).z, (x, z0), eps=1e-5, atol=1e-5, rtol=1e-3, fast_mode=True)
 
 
 def test_second_derivatives_where_everything_is_stored():
@@ -213,15 +213,15 @@ def test_law_3_memory_does_not_grow_with_the_steps():
 
 @pytest.mark.parametrize("beta", [0.5, 0.8, 0.6, 1.4])
 def test_without_gradients_nothing_grows_with_the_steps(beta):
-    """Not even the bits that a contraction discards: a solve of a thousand steps needs what one of a hundred needs (0.6 and 1.4 take digits back)."""
+    """Not even the bits that a contraction discards: a solve of 250 steps needs what one of a hundred needs (0.6 and 1.4 take digits back)."""
     block, x = make_block("attention")
     layer = ReversibleFixedPoint(block, beta=beta)
     peaks, states = {}, {}
-    for steps in (100, 1000):
+    for steps in (100, 250):
         with torch.no_grad(), LiveBytes() as memory:
             states[steps] = layer(x, max_steps=steps).z
         peaks[steps] = memory.peak
-    assert peaks[100] == peaks[1000]
+    assert peaks[100] == peaks[250]
     exact = layer(x, max_steps=100, gradient="reversible").z
     assert exact.requires_grad
     assert torch.equal(exact, states[100]), "forgetting changes nothing"
@@ -716,7 +716,7 @@ def test_hooks_meet_what_is_kept_and_nothing_else(keep):
 def test_without_gradients_a_compiled_caller_takes_in_the_whole_solve(kind):
     torch._dynamo.reset()
     block, x = make_block(kind)
-    layer = ReversibleFixedPoint(block, beta=0.99, max_steps=4, damping=0.1).eval()  # two segments
+    layer = ReversibleFixedPoint(block, beta=0.999, max_steps=3, damping=0.1).eval()  # segments of two steps: digits are spilled
     parts = x if isinstance(x, tuple) else (x,)
     with torch.no_grad():
         parts[0][1].fill_(torch.nan)
