@@ -6,7 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class SolveStatistics:
         shapes: of the state's tensors.
         clamped: int64, evaluations in which a value of the block was beyond +-2048 and was clamped.
         nonfinite: int64, evaluations in which a value of the block was NaN or infinite.
+        counting: bool, with `row_dims=2` and a `measure_mask` the rows that it says count, else None: all do.
     """
 
     steps: torch.Tensor
@@ -63,6 +64,7 @@ class SolveStatistics:
     shapes: tuple[torch.Size, ...]
     clamped: torch.Tensor
     nonfinite: torch.Tensor
+    counting: torch.Tensor | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
         steps, residual = self.steps, self.residual
@@ -418,7 +420,7 @@ class ReversibleFixedPoint(nn.Module):
             raise ValueError(f"x and z0 must agree in their first dimension (the batch), got {x.shape[0]} and {state[0].shape[0]}")
         if measure_mask is not None:
             _check_measure_mask(measure_mask, state)
-            measure_mask = measure_mask if self.row_dims == 1 else None
+        within_rows, counting = (measure_mask, None) if self.row_dims == 1 else (None, measure_mask)
         refuse_training_batchnorm(self.block)
         refuse_cached_parametrizations(self.block)
         if max_steps is not None:
@@ -442,9 +444,8 @@ class ReversibleFixedPoint(nn.Module):
         # of a compiled block an evaluation with a graph would be another program
         evaluator.unfollowed = torch.is_grad_enabled() and not wants_gradient and not evaluator.compiled
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _undone_on_failure(evaluator, state):
-            statistics, z, states, residuals = self._run(
-                evaluator, start, steps, tol, mode, wants_gradient, output_trajectory, measure_mask
-            )
+            statistics, z, states, residuals = self._run(evaluator, start, steps, tol, mode, wants_gradient, output_trajectory, within_rows)
+        statistics.counting = counting
         self.statistics = statistics
         solution = FixedPointSolution(**{name: getattr(statistics, name) for name in FIGURES}, z=z if is_tuple else z[0])
         if output_trajectory:
@@ -524,7 +525,7 @@ def better_of(one: FixedPointSolution, other: FixedPointSolution) -> FixedPointS
         return tuple(map(choose, a, b)) if isinstance(a, tuple) else torch.where(per_row(other_is_better, a), b, a)
 
     figures = {name: choose(getattr(one, name), getattr(other, name)) for name in ("z", "steps", "residual", "clamped", "nonfinite")}
-    return FixedPointSolution(**figures, evaluations=one.evaluations + other.evaluations, shapes=one.shapes)
+    return FixedPointSolution(**figures, evaluations=one.evaluations + other.evaluations, shapes=one.shapes, counting=one.counting)
 
 
 def _tell_reserved_names(block: nn.Module) -> None:

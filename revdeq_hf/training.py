@@ -114,7 +114,10 @@ class RevDEQCallback(TrainerCallback):
             if figures is None or figures.residual is None:
                 return
             residual = figures.residual.detach()
-            counted = (torch.ones_like(residual), residual, figures.steps, figures.clamped, figures.nonfinite)
+            steps, rows = figures.steps, torch.ones_like(residual)
+            if figures.counting is not None:  # padding does not
+                rows, residual, steps = (part.masked_fill(~figures.counting, 0) for part in (rows, residual, steps))
+            counted = (rows, residual, steps, figures.clamped, figures.nonfinite)
             sums.append(torch.stack([part.sum().to(residual.dtype) for part in counted]))
             peaks.append(torch.stack([residual.max(), layer.drift.to(residual.device), _earliest_bad(figures).to(residual.dtype)]))
             self._evaluations, self._solves = self._evaluations + figures.evaluations, self._solves + 1

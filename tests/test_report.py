@@ -21,6 +21,7 @@ from revdeq_hf import (
     RevDEQForImageClassification,
     RevDEQForSemanticSegmentation,
     RevDEQForTokenClassification,
+    RevDEQModel,
     RevDEQVisionConfig,
     ReversibleFixedPoint,
 )
@@ -106,6 +107,25 @@ def test_logged_figures_are_those_of_the_solves(tmp_path):
         assert entry["mfu"] == pytest.approx(entry["flops_per_second"] / 1e12)
     # 2 updates of 2 micro-batches of 4 rows of 9 tokens: operations and tokens are of the same seconds
     assert training_flops(trainer.model) / 36 == pytest.approx(logs[-1]["flops_per_second"] / logs[-1]["tokens_per_second"])
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_padding_is_no_part_of_the_figures(is_causal, tmp_path):
+    rows = [{**row, "attention_mask": [1] * 9} for row in ROWS[:4]]
+    padded = [
+        {"input_ids": [0] * 6 + row["input_ids"], "labels": [-100] * 6 + row["labels"], "attention_mask": [0] * 6 + [1] * 9} for row in rows
+    ]
+    logged = []
+    for data in (rows, padded):
+        torch.manual_seed(0)
+        model = awake(RevDEQModel(RevDEQConfig(**SMALL, is_causal=is_causal, tol=0.05)), std=0.3)
+        callback, batch = RevDEQCallback(), {name: torch.tensor([row[name] for row in data]) for name in ("input_ids", "attention_mask")}
+        callback.on_train_begin(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl(), model=model)
+        model.train()(**batch)
+        callback._add(model)
+        logged.append((callback._sums[0, :3], callback._peaks[0, 0]))
+    for alone, together in zip(*logged, strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("gradient", ["checkpoint", "backprop", "implicit", "phantom"])
