@@ -15,7 +15,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,9 @@ class EvaluationArguments:
     batch_size: int = field(default=16, metadata={"help": "Windows or images evaluated at once."})
     dtype: str = field(default="float32", metadata={"help": "Precision of weights and computation: float32, bfloat16 or float16."})
     device: str | None = field(default=None, metadata={"help": "Where to compute; default: the accelerator, where there is one."})
+    use_cpu: bool = field(
+        default=False, metadata={"help": "Compute on the CPU, as --device cpu does; the training scripts have this flag."}
+    )
     curve_examples: int | None = field(
         default=None,
         metadata={"help": "At most so many windows or images, evenly spaced, for the curve of steps against quality; default: all."},
@@ -62,6 +65,9 @@ class EvaluationArguments:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.use_cpu and self.device not in (None, "cpu"):
+            raise ValueError(f"--use_cpu true and --device {self.device} contradict one another; leave one of the two out")
+        self.device = "cpu" if self.use_cpu else self.device
 
 
 @dataclass
@@ -94,8 +100,13 @@ class Measured:
     protocol: dict[str, Any]
 
 
-def refuse_other_data(folder: Path, data: Any) -> None:
-    """A ValueError where a model that was trained on data of the user's own would be measured on the built-in ones, which its card would then publish."""
+def refuse_other_data(folder: Path, data: Any, name: str, flags: list[str]) -> None:
+    """A ValueError where a model that was trained on data of the user's own would be measured on the built-in ones, which its card would then publish.
+
+    Args:
+        folder, data: of the model, and what the flags say of its data.
+        name, flags: as given on the command line, which the error completes.
+    """
     record = folder / "results.json"
     if any(getattr(data, name, None) for name in SOURCES) or not record.is_file():
         return
@@ -104,17 +115,30 @@ def refuse_other_data(folder: Path, data: Any) -> None:
     command = run.get("command") if isinstance(run, dict) else None
     if not command:  # of another program
         return
-    words = [part for word in shlex.split(command) for part in word.split("=", 1)]
-    named = [f"{flag} {value}" for flag, value in itertools.pairwise(words) if flag.startswith("--") and names_data(flag)]
-    if named:
+    named = data_flags(command, data)
+    if any(word[2:] in SOURCES for word in named):
+        again = shlex.join([name, *named, *flags])
         raise ValueError(
-            f"{str(folder)!r} was trained with {' '.join(named)}, and nothing says on which data it is to be measured: give these flags again, or others"
+            f"{str(folder)!r} was trained with {shlex.join(named)}, and nothing says on which data it is to be measured. On these it is by\n"
+            f"    python examples/evaluate.py {again}\nor name others"
         )
 
 
-def names_data(flag: str) -> bool:
-    """Whether it is one of the training scripts' flags that name data, or short for one."""
-    return any(source.startswith(flag[2:].replace("-", "_")) for source in SOURCES)
+def data_flags(command: str, data: Any) -> list[str]:
+    """The words of a training's command that say which data an evaluation is to load, flags that were given short in full."""
+    idle = itertools.chain(*TRAINING_ONLY.values(), ["tokenizer_name"])  # the model's folder has its tokenizer
+    known = {entry.name for entry in fields(data)}.difference(idle)
+    found: list[str] = []
+    wanted = False
+    for word in shlex.split(command):
+        if not word.startswith("--"):
+            found += [word] if wanted else []
+            continue
+        flag, is_joined, value = word[2:].partition("=")
+        name = next((name for name in sorted(known) if name.startswith(flag.replace("-", "_"))), None)
+        wanted = name is not None
+        found += [f"--{name}", *([value] if is_joined else [])] if wanted else []
+    return found
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -142,7 +166,7 @@ def main(arguments: list[str] | None = None) -> dict:
     idle = [f"--{flag}" for flag in TRAINING_ONLY[task] if getattr(data, flag) != getattr(defaults, flag)]
     if idle:
         raise ValueError(f"{', '.join(idle)}: for training only, without effect on an evaluation; leave out (a text's window is --window)")
-    refuse_other_data(folder, data)
+    refuse_other_data(folder, data, name, flags)
     output = Path(options.output_dir or folder)
     if output.resolve() != Path(name).resolve() and not options.output_dir:
         raise ValueError(f"{name!r} is no folder here to write the results to; name one with --output_dir")
@@ -328,7 +352,7 @@ def text(model: Any, folder: Path, options: TextArguments, data: Any) -> Measure
     origin = options.split if built_in else str(rows.split)  # load_text takes a split that is not given from the one before it
     protocol = {
         "data": f"source text of Python {platform.python_version()}'s standard library",
-        **described(data, f"{origin} split", getattr(data, f"{origin}_file")),
+        **described(data, getattr(data, f"{origin}_file")),
         "split": "a twentieth of the training rows (seed 0)" if origin == "train" != options.split else origin,
         "examples": len(rows),
         "data_sha256": text_hash(texts),
@@ -410,7 +434,7 @@ def images(model: Any, folder: Path, options: EvaluationArguments, data: Any) ->
     source = data.validation_file or data.train_file or data.validation_dir or data.train_dir
     protocol = {
         "data": "scikit-learn's digits",
-        **described(data, "evaluation images", source),
+        **described(data, source, "images of "),
         "split": "a tenth of the training images (seed 0)" if held_out in (None, HELD_OUT) else held_out,
         "examples": len(rows),
         "data_sha256": images_hash(rows),
@@ -424,13 +448,13 @@ def images(model: Any, folder: Path, options: EvaluationArguments, data: Any) ->
 # --- both ---
 
 
-def described(data: Any, what: str, source: str | None) -> dict[str, Any]:
-    """The data by their name on the Hub (`dataset`, `dataset_config`), or by the name of their file or folder."""
+def described(data: Any, source: str | None, what: str = "") -> dict[str, Any]:
+    """The data by their name on the Hub (`dataset`, `dataset_config`), or by the name of their file or folder; the split is told beside it."""
     if data.dataset_name:
         dataset = {} if Path(data.dataset_name).exists() else {"dataset": data.dataset_name}
         config = {"dataset_config": data.dataset_config} if data.dataset_config else {}
         return {"data": Path(data.dataset_name).name, **dataset, **config}
-    return {"data": f"{what} of {Path(source).name}"} if source else {}
+    return {"data": f"{what}{Path(source).name}"} if source else {}
 
 
 def solver_arguments(model: Any, steps: Any) -> dict[str, Any]:

@@ -392,7 +392,7 @@ class ThinkingTrainer(TimedTrainer):
             logits = outputs["logits"].float()
             weights = logits.new_tensor(self.label_weights)
             loss = F.cross_entropy(logits + weights.log().view(-1, 1, 1), inputs["labels"], weights)
-        if self.residual:
+        if self.residual and model.training:  # in an evaluation nothing is kept that it could be taken from
             loss = loss + self.residual_weight * self.share * self.residual()
         return (loss, outputs) if return_outputs else loss
 
@@ -440,7 +440,16 @@ def problems_to_test(problem: Problem, data: ProblemArguments) -> Iterator[tuple
         return
     side = {} if data.test_side == 9 else {"side": data.test_side}
     for size in data.test_sizes or problem.test_sizes:
-        yield size, problem.make(data.test_count, size, data.problem_seed + 1, "test", **side)
+        flags = f"--test_sizes {size}" + (f", --test_side {data.test_side}" if side else "")
+        yield size, made(problem, flags, data.test_count, size, data.problem_seed + 1, "test", **side)
+
+
+def made(problem: Problem, flags: str, *arguments: Any, **side: int) -> Dataset:
+    """The problems; where they cannot be made the error names the flags that asked for them."""
+    try:
+        return problem.make(*arguments, **side)
+    except ValueError as error:
+        raise ValueError(f"{flags}: {error}") from error
 
 
 def how_difficult(rows: Dataset, size: int | str) -> list[int]:
@@ -638,7 +647,9 @@ def main(arguments: list[str] | None = None) -> dict:
     results: Figures = {"problem": data.problem, "parameters": sum(p.numel() for p in model.parameters())}
     if training.max_steps != 0:
         train_size = data.train_size or problem.train_size
-        rows = problem.make(data.train_count or problem.train_count, train_size, data.problem_seed, "train")
+        train_count = data.train_count or problem.train_count
+        flags = f"--train_size {train_size}, --train_count {train_count}"
+        rows = made(problem, flags, train_count, train_size, data.problem_seed, "train")
         if problem.make is sudoku:
             rows = guises(rows, data.train_guises, data.problem_seed)
         trainer = ThinkingTrainer(

@@ -299,6 +299,11 @@ def build_model(options: ModelArguments, names: list[str], shape: tuple[int, int
             block_type=options.block_type,
             downsample=options.downsample,
         )
+        width = RevDEQVisionConfig.group_width
+        if options.block_type != "recall" and any(size % width for size in options.hidden_sizes or []):  # that one has no groups
+            raise ValueError(
+                f"--hidden_sizes must be multiples of {width}, the channels of a group of GroupNorm, got {options.hidden_sizes}"
+            )
         config = create(
             image_size=shape[0],
             num_channels=shape[-1],
@@ -652,7 +657,8 @@ def report(results: dict, trainer: Trainer, pixels: Pixels, evaluation: datasets
     results["run"]["weights"] = weight_hashes(folder)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
-    rows = [[key.replace("_", " "), value] for key, value in results.items() if not isinstance(value, dict | list)]
+    names = {"train_seconds": "seconds of training", "seconds": "seconds of this process"}
+    rows = [[names.get(key, key.replace("_", " ")), value] for key, value in results.items() if not isinstance(value, dict | list)]
     for name, figures in results["stages"].items():
         rows += [[f"{name}, mean {key.replace('_', ' ')}", value] for key, value in figures.items()]
     rows = [[name, value] for name, value in rows if name != "peak memory bytes"]

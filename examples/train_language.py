@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import shlex
 import sys
@@ -70,6 +71,8 @@ from revdeq_hf.training import (
 )
 
 END_OF_TEXT = "<|endoftext|>"
+PROMPT = "def read_"  # of the built-in corpus
+PROMPT_TOKENS = 5  # of others
 SPLITS = ("train", "validation", "test")
 TEXT_FEATURES = (datasets.Value("string"), datasets.Value("large_string"))
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")  # what datasets unpacks
@@ -146,7 +149,9 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_file: str | None = field(default=None, metadata={"help": "Text, csv, json or parquet file to train on."})
     validation_file: str | None = field(default=None, metadata={"help": "File to validate on; default: a twentieth of the training rows."})
-    test_file: str | None = field(default=None, metadata={"help": "File to test on; default: the validation rows."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "File to test on; default: the validation rows, as the results then say."}
+    )
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "A saved tokenizer; by default a byte-level BPE is trained."})
     vocab_size: int = field(default=2048, metadata={"help": "Size of a tokenizer trained here."})
@@ -174,7 +179,12 @@ class DataArguments:
     max_train_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows of the training split."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Use the first so many rows of the other splits."})
     preprocessing_workers: int | None = field(default=None, metadata={"help": "Processes for tokenising."})
-    prompt: str = field(default="def read_", metadata={"help": "Beginning of the text sampled at the end."})
+    prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Beginning of the text sampled at the end; default: {PROMPT!r}, of other texts the first tokens of one to validate on."
+        },
+    )
     sample_tokens: int = field(default=120, metadata={"help": "Tokens to sample at the end, as far as the model's positions go."})
 
 
@@ -256,6 +266,8 @@ def load_text(data: DataArguments) -> tuple[datasets.DatasetDict, datasets.Itera
     if "train" not in loaded:
         raise ValueError(f"the data set has no split 'train', got {', '.join(loaded)}")
     loaded, stream = dict(loaded), None
+    if "validation" not in loaded and os.environ.get("RANK", "0") == "0":
+        print("There is no validation split: a twentieth of the training rows is kept to validate on, and not trained on.")
     if data.streaming:
         loaded, stream = first_rows(loaded, data)
     if "validation" not in loaded:
@@ -584,6 +596,11 @@ def main(arguments: list[str] | None = None) -> dict:
         (ModelArguments, DataArguments, LanguageTrainingArguments), description=__doc__.split("\n\n")[0] if __doc__ else None
     )
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
+    if training.label_smoothing_factor and training.torch_compile:
+        raise ValueError(
+            f"--label_smoothing_factor {training.label_smoothing_factor} and --torch_compile true: of a compiled model transformers' Trainer smooths the "
+            "labels without shifting them, so that it would learn to repeat each token; leave one of the two out"
+        )
     refuse_idle_flags(given_flags(parser, arguments), options, data)
     command = f"python examples/train_language.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     record = run_record(command, training.device)  # now: the files may be of another commit at the end
@@ -615,8 +632,12 @@ def main(arguments: list[str] | None = None) -> dict:
         train = Stream(stream, sequences, data.shuffle_buffer, training.seed)
         # rank 0 reads for all; it cannot hand out batches of unequal length, though, which each rank reads for itself
         training.accelerator_config.dispatch_batches = data.pack
-    padding = copy.deepcopy(tokenizer)  # the saved tokenizer gets no padding token by this
-    padding.pad_token = padding.pad_token or padding.eos_token
+    pad = tokenizer.pad_token or tokenizer.eos_token
+    padding = copy.deepcopy(tokenizer)
+    padding.pad_token = pad
+    if pad == tokenizer.eos_token:
+        # Trainer would write it into the model's configuration, and the end-of-text token of a model loaded with that gets no gradient
+        tokenizer.pad_token = None
     hashes = {split: text_hash(rows[split][data.text_column]) for split in SPLITS}  # of a stream its first rows
     sizes = {split: text_size(rows[split][data.text_column]) for split in ("validation", "test")}
     unigram = unigram_scores(ids["train"]["input_ids"], ids["test"]["input_ids"], len(tokenizer), **sizes["test"])
@@ -642,6 +663,8 @@ def main(arguments: list[str] | None = None) -> dict:
     before: dict = next((entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry), {})
     if trainer.is_fsdp_enabled:  # whole weights at the end, whatever the checkpoints hold
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    tokenizer.pad_token = pad
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     trainer.save_model()
     trainer.save_state()
     after = trainer.evaluate()
@@ -656,6 +679,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "updates": trainer.state.global_step,
         "validation_loss_before": before.get("eval_loss"),
         "validation_loss": after["eval_loss"],
+        "test_split": "validation" if hashes["test"] == hashes["validation"] else "test",
         "test": {key.removeprefix("test_"): value for key, value in test.items()},
         "test_unigram": unigram,
         "greatest_drift": greatest_drift(history),
@@ -665,13 +689,22 @@ def main(arguments: list[str] | None = None) -> dict:
         "run": record,
     }
     if trainer.is_world_process_zero():
-        report(results, trainer, tokenizer, data, blocks["test"][0]["input_ids"])
+        prompt = data.prompt
+        if prompt is None:
+            prompt = PROMPT if built_in else first_tokens(rows["validation"][data.text_column], tokenizer)
+        report(results, trainer, tokenizer, prompt, data.sample_tokens, blocks["test"][0]["input_ids"])
     if training.push_to_hub:
         trainer.push_to_hub()  # with the results, of which the card is made
     return results
 
 
-def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, data: DataArguments, ids: list[int]) -> None:
+def first_tokens(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the first few tokens of the first text that is not empty."""
+    text = next(text for text in texts if text and text.strip())
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:PROMPT_TOKENS])
+
+
+def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, begin: str, sample_tokens: int, ids: list[int]) -> None:
     """Writes results.json and training.png to the output folder, prints a sample and the table."""
     folder = Path(trainer.args.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -688,9 +721,9 @@ def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
     model.eval()
-    prompt = tokenizer(data.prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    prompt = tokenizer(begin, return_tensors="pt", add_special_tokens=False).to(model.device)
     room = getattr(model.config, "max_position_embeddings", math.inf) - prompt["input_ids"].numel()  # learned positions end there
-    count = min(data.sample_tokens, room)
+    count = min(sample_tokens, room)
     if count > 0 and prompt["input_ids"].numel():
         set_seed(trainer.args.seed)
         out = model.generate(
@@ -700,12 +733,12 @@ def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
             do_sample=True,
             temperature=0.7,
             top_p=0.95,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
         print(f"\n--- a sample ---\n{tokenizer.decode(out[0], skip_special_tokens=True)}\n---")
     test, unigram = results["test"], results["test_unigram"]
     print_table(
-        ["on the test split", "this model", "unigram model"],
+        [f"on the {results['test_split']} split", "this model", "unigram model"],
         [
             ["loss (nats per token)", test["loss"], unigram["loss"]],
             ["perplexity per token", test["perplexity"], unigram["perplexity"]],
@@ -722,7 +755,7 @@ def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, 
             ["validation loss after", results["validation_loss"]],
             ["greatest drift", results["greatest_drift"]],
             ["seconds of training", results["train_seconds"]],
-            ["seconds in all", results["seconds"]],
+            ["seconds of this process", results["seconds"]],
             ["peak memory (MB)", results["peak_memory_bytes"] and results["peak_memory_bytes"] / 1e6],
             ["saved in", str(folder)],
         ],

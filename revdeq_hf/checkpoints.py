@@ -41,6 +41,8 @@ FREE_FIELDS = {
     "eos_token_id",
     "pad_token_id",
 }
+# what is named otherwise on the command line, where max_steps are updates
+FLAGS = {"max_steps": "--solver_steps, of think_longer.py --train_steps"}
 
 
 def checkpoint_defect(folder: str | os.PathLike) -> str | None:
@@ -148,7 +150,11 @@ def check_same_model(config: Any, checkpoint: str | os.PathLike) -> None:
     if there.get("model_type") == here["model_type"]:
         there = type(config).from_json_file(path).to_dict()  # with the fields that have their defaults
     names = sorted((there.keys() & here.keys()) - FREE_FIELDS)
-    differing = [f"{name} {there[name]!r} instead of {here[name]!r}" for name in names if there[name] != here[name]]
+    differing = [
+        f"{name}{f' ({FLAGS[name]})' if name in FLAGS else ''} {there[name]!r} instead of {here[name]!r}"
+        for name in names
+        if there[name] != here[name]
+    ]
     if differing:
         raise ValueError(
             f"the checkpoint {str(checkpoint)!r} is of another model, it has {'; '.join(differing)}: give the settings that the run was started with, "
@@ -183,7 +189,8 @@ class TrainingClock(TrainerCallback, ExportableState):
 class ResumableTrainer(Trainer):
     """Trainer that goes on from whole checkpoints of the same model, tells what to do where one cannot be written, and pushes what `publish` sends.
 
-    Beside `train_runtime`, which is that of this call of `train`, metrics and log have `train_seconds`, those of the whole training, interrupted or not.
+    The last update is logged, whatever `logging_steps`, so that a short training has its figures, too; with `logging_strategy="no"` nothing is. Beside
+    `train_runtime`, which is that of this call of `train`, metrics and log have `train_seconds`, those of the whole training, interrupted or not.
     """
 
     hub_model_id: str | None
@@ -246,6 +253,11 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **kwargs: Any) -> None:
+        if self.control.should_training_stop and self.args.logging_strategy != "no":
+            self.control.should_log = True  # Trainer itself logs no update twice
+        super()._maybe_log_save_evaluate(*arguments, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call:  # of a checkpoint

@@ -63,6 +63,13 @@ KINDS = {
     "RevDEQModel": ("feature-extraction", "AutoModel", "text model without a head"),
     "RevDEQVisionModel": ("image-feature-extraction", "AutoModel", "image model without a head"),
 }
+# tasks whose pipeline brings along what makes the inputs, and takes such a model without further arguments: what it is given
+PIPELINES = {
+    "text-generation": "a text",
+    "text-classification": "a text",
+    "token-classification": "a text",
+    "image-classification": "an_image.png",
+}
 METRICS = {
     "text-generation": {
         "perplexity": "perplexity per token",
@@ -134,6 +141,8 @@ def render_card(
             "parameters": record.get("parameters"),
             "weights": {f"`{file}`, sha256": digest for file, digest in (hashes or record.get("weights", {})).items()},
             "auto_class": auto_class,
+            "pipeline": task if task in PIPELINES and config.get("num_channels", 3) == 3 else None,  # a pipeline makes every image RGB
+            "example": PIPELINES.get(task),
             "bundled": bool(config.get("auto_map")),
         },
         "training": training,

@@ -228,9 +228,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
     def __init__(self, config: RevDEQConfig) -> None:
         super().__init__(config)
         config.validate()
-        self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # without a row for padding that learns nothing: nobody sees padding, and the same token may end a text, whose row is to learn
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.block_type == "paper":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
             self.input_norm: nn.Module = nn.Identity()

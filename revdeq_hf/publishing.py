@@ -260,7 +260,10 @@ def _tell_paths(stage: Path, publication: Publication) -> None:
         if path.name == "README.md" or fnmatch(path.name, "results*.json") or fnmatch(path.name, "evaluation*.json"):
             found = dict.fromkeys(PATH.findall(path.read_text(encoding="utf-8", errors="replace")))
             if found:
-                publication.warnings.append(f"{path.name} names paths of this machine: {', '.join(found)}")
+                publication.warnings.append(
+                    f"{path.name} names paths of this machine: {', '.join(found)}; give the scripts relative paths, or shorten them in the .json files and "
+                    "write the card anew"
+                )
 
 
 def _write_card(folder: Path, stage: Path, publication: Publication) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -151,10 +152,10 @@ def test_the_protocol_says_where_the_texts_came_from(evaluation, language, text_
     shutil.copy(text_file, tmp_path / "data" / "train.txt")
     twentieth, file = "a twentieth of the training rows (seed 0)", str(text_file)
     for flags, data, split in (
-        (["--test_file", file], "test split of lines.txt", "test"),
-        (["--validation_file", file], "validation split of lines.txt", "validation"),
-        (["--train_file", file], "train split of lines.txt", twentieth),
-        (["--train_file", file, "--split", "train"], "train split of lines.txt", "train"),
+        (["--test_file", file], "lines.txt", "test"),
+        (["--validation_file", file], "lines.txt", "validation"),
+        (["--train_file", file], "lines.txt", twentieth),
+        (["--train_file", file, "--split", "train"], "lines.txt", "train"),
         (["--dataset_name", str(tmp_path / "data")], "data", twentieth),
     ):
         found = evaluation.main([str(language), *flags, "--curve_steps", "2", "--output_dir", str(tmp_path)])["protocol"]
@@ -213,6 +214,7 @@ def test_image_scores_equal_those_of_single_images(evaluation, image_model, pict
     assert found["solve"]["drift"] == 0
     assert found["solve"]["steps"] == 1.5
     assert found["protocol"].items() >= {"split": "validation", "examples": 20, "classes": 2, "image_size": [8, 8]}.items()
+    assert found["protocol"]["data"] == f"images of {pictures.name}"  # the split is told beside it
 
 
 # --- input that does not fit ---
@@ -237,6 +239,7 @@ def test_errors_say_what_to_do(evaluation, language, image_model, tokenizer, tex
     refused(ValueError, "--split must be one of", language, *own, "--split", "tests")
     refused(ValueError, "--batch_size must be at least 1", language, *own, "--batch_size", "0")
     refused(ValueError, "--dtype must be", language, *own, "--dtype", "int8")
+    refused(ValueError, "--use_cpu true and --device cuda contradict", language, *own, "--use_cpu", "true", "--device", "cuda")
     refused(FileNotFoundError, "--train_file: there is no file", language, "--test_file", "missing.txt")
     data = ["--train_dir", str(pictures), "--validation_dir", str(pictures)]
     refused(ValueError, "--cutout: for training only", image_model, *data, "--cutout", "2")
@@ -289,19 +292,28 @@ def test_the_script_runs_by_itself(language, text_file, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text())["protocol"]["curve_examples"] == 2
 
 
+def test_the_flag_of_the_training_scripts_chooses_the_cpu(evaluation):
+    assert evaluation.text_arguments(["--use_cpu", "true"])[0].device == "cpu"
+    assert evaluation.image_arguments(["--use_cpu", "true", "--device", "cpu"])[0].device == "cpu"
+    assert evaluation.text_arguments([])[0].device is None
+
+
 def test_a_model_of_other_data_is_not_measured_on_the_built_in_ones(evaluation, language, text_file, tmp_path):
-    folder = shutil.copytree(language, tmp_path / "model")
-    words = f"python examples/train_language.py --train_f '{text_file}' --validation-file={text_file} --max_steps 2"
+    folder, text = shutil.copytree(language, tmp_path / "model"), str(shutil.copy(text_file, tmp_path / "my lines.txt"))
+    words = f"python examples/train_language.py --train_f '{text}' --validation-file={text_file} --max_steps 2 --pack false --text_col text"
     (folder / "results.json").write_text(json.dumps({"run": {"command": words}}))
-    with pytest.raises(
-        ValueError, match=f"was trained with --train_f {text_file} --validation-file {text_file}, and nothing says on which"
-    ):
-        evaluation.main([str(folder)])
+    with pytest.raises(ValueError, match=r"was trained with --train_file .*, and nothing says on which data") as told:
+        evaluation.main([str(folder), "--curve_steps", "1"])
     assert not (folder / "evaluation.json").exists()
+    (command,) = (line.strip() for line in str(told.value).splitlines() if "python" in line)
+    _, script, *flags = shlex.split(command)
+    assert script == "examples/evaluate.py"
+    assert flags == [str(folder), "--train_file", text, "--validation_file", str(text_file), "--text_column", "text", "--curve_steps", "1"]
     for other in ([], {"run": None}, {"run": {"command": "python mine.py --output_dir train_file --max_steps 2"}}):
         (folder / "results.json").write_text(json.dumps(other))
-        evaluation.refuse_other_data(folder, evaluation.text_arguments([])[1])
-    evaluation.main([str(folder), "--test_file", str(text_file), "--curve_steps", "1"])
+        evaluation.refuse_other_data(folder, evaluation.text_arguments([])[1], str(folder), [])
+    (folder / "results.json").write_text(json.dumps({"run": {"command": words}}))
+    assert evaluation.main(flags)["protocol"]["data"] == "lines.txt"
     assert (folder / "evaluation.json").exists()
 
 

@@ -137,6 +137,59 @@ def test_language_script_in_bf16_with_other_settings_goes_on_from_a_saved_model(
     assert (config.beta, config.max_steps, config.tol, config.hidden_dropout, config.steps_sampling["max_steps"]) == (0.8, 3, 1e-3, 0, 4)
 
 
+def test_a_saved_model_pads_with_the_end_of_text_whose_embedding_learns_on(language, text_files, tmp_path):
+    """The configuration names no padding token: torch gives the embedding of one no gradient, and here it begins every text."""
+    language.main(language_arguments(tmp_path / "a", text_files, "--max_steps", "2", "--save_steps", "1"))
+    on = ("--max_steps", "2", "--model_name_or_path")
+    language.main(language_arguments(tmp_path / "b", text_files, *on, str(tmp_path / "a")))
+    before, after = (load_file(tmp_path / name / "model.safetensors")["model.embed_tokens.weight"] for name in "ab")
+    for folder in (tmp_path / "a", tmp_path / "a" / "checkpoint-1", tmp_path / "b"):
+        assert AutoConfig.from_pretrained(folder).pad_token_id is None
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert tokenizer.pad_token == tokenizer.eos_token == language.END_OF_TEXT
+    assert not torch.equal(before[tokenizer.eos_token_id], after[tokenizer.eos_token_id])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    batch = tokenizer(["alpha alpha", "beta"], return_tensors="pt", padding=True, padding_side="left")
+    assert len(model.generate(**batch, max_new_tokens=2)) == 2
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_rows_that_stand_in_for_a_split_are_told(language, text_files, tmp_path, capsys, streaming):
+    for number, (given, split, told) in enumerate(
+        ((["train"], "validation", True), (["train", "validation"], "validation", False), (list(text_files), "test", False))
+    ):
+        files = {name: text_files[name] for name in given}
+        results = language.main(language_arguments(tmp_path / str(number), files, "--max_steps", "2", "--streaming", streaming))
+        printed = capsys.readouterr().out
+        assert results["test_split"] == split
+        assert f"\non the {split} split " in printed
+        assert ("There is no validation split: a twentieth of the training rows is kept to validate on" in printed) == told
+        assert {"seconds of training", "seconds of this process"} <= {line.split("  ")[0] for line in printed.splitlines()}
+    assert json.loads((tmp_path / "0" / "results.json").read_text())["test_split"] == "validation"
+
+
+def test_a_sample_begins_as_a_row_to_validate_on_does(language, text_files, tmp_path, capsys):
+    arguments = language_arguments(tmp_path, text_files, "--max_steps", "2")
+    at = arguments.index("--prompt")
+    language.main(arguments[:at] + arguments[at + 2 :])
+    sample = capsys.readouterr().out.split("--- a sample ---\n")[1]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    row = Path(text_files["validation"]).read_text(encoding="utf-8").splitlines()[0]
+    begin = tokenizer.decode(tokenizer(row)["input_ids"][:5])
+    assert len(begin) > 5
+    assert sample.startswith(begin)
+    assert language.first_tokens(["", None, " \n", "alpha"], tokenizer) == "alpha"
+
+
+def test_labels_smoothed_of_a_compiled_model_are_refused(language, monkeypatch):
+    monkeypatch.setattr(language, "load_text", lambda *_: pytest.fail("the data were loaded"))
+    monkeypatch.setattr(language, "given_flags", lambda *_: pytest.fail("flags were compared, for which configurations are loaded"))
+    for compiled in (["--torch_compile", "true"], ["--torch_compile_backend", "eager"]):
+        with pytest.raises(ValueError, match=r"--label_smoothing_factor 0\.1 and --torch_compile true: .*without shifting them"):
+            language.main([*compiled, "--label_smoothing_factor", "0.1"])
+
+
 def test_layers_before_and_after_and_a_rounded_vocabulary(language, text_files, tmp_path):
     settings = ("--max_steps", "2", "--num_prelude_layers", "1", "--num_coda_layers", "2", "--pad_vocab_to_multiple_of", "64")
     language.main(language_arguments(tmp_path, text_files, *settings))

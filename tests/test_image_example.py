@@ -607,7 +607,7 @@ def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
         (["--depths", "1", "1"], "--depths would have no effect: they are a resnet's"),
         (["--model_type", "resnet", "--depths", "1"], "--depths must have one entry per stage"),
         (["--label_column", "name"], "no column 'name'"),
-        (["--hidden_sizes", "20", "--expansion_ratios", "1"], "group_width must divide"),
+        (["--hidden_sizes", "16", "20"], r"--hidden_sizes must be multiples of 16, .*got \[16, 20\]"),
         (["--image_size", "3", "--hidden_sizes", "16", "16", "16", "--expansion_ratios", "1", "1", "1"], "smaller than the network allows"),
         (["--model_type", "resnet", "--image_size", "7"], r"divides their sides by 8; enlarge them with --image_size \(at least 8\)"),
         (["--model_type", "resnet", "--compile_blocks", "true"], "'resnet' has no fixed points; take --torch_compile true"),

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.torch import load_file, save_file
 
-from revdeq_hf import RevDEQConfig, RevDEQForSequenceClassification
+from revdeq_hf import RevDEQConfig, RevDEQForImageClassification, RevDEQForSequenceClassification, RevDEQVisionConfig
 from revdeq_hf.model_card import METRICS, TEMPLATE, check_card, main, render_card, write_card
 
 ROOT = Path(__file__).parents[1]
@@ -145,13 +145,34 @@ def test_without_logs_or_evaluation_a_card_says_so(model):
 def test_a_head_that_is_not_measured_gets_a_card_without_results(tmp_path):
     config = RevDEQConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_attention_heads=2)
     RevDEQForSequenceClassification(config).save_pretrained(tmp_path)
-    assert metadata_load(write_card(tmp_path, evaluated=False))["pipeline_tag"] == "text-classification"
+    path = write_card(tmp_path, evaluated=False)
+    assert metadata_load(path)["pipeline_tag"] == "text-classification"
+    assert 'pipeline("text-classification", model="USER/' in path.read_text()
     check_card(tmp_path)
+
+
+def test_the_pipeline_of_a_card_runs(model):
+    text = render_card(model, repo_id=str(model))
+    (code,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "import pipeline" in part)
+    assert 'model_kwargs={"max_steps": 16}' in code
+    names: dict = {}
+    exec(code, names)  # as a reader of the card would run it
+    assert names["use"].model.config.max_steps == 16
+    assert "an_image.png" not in text
+
+
+def test_images_of_a_card_s_pipeline_are_in_colour(tmp_path):
+    for channels, told in ((1, False), (3, True)):
+        sizes = dict(num_channels=channels, image_size=8, hidden_sizes=[16], expansion_ratios=[1])
+        folder = tmp_path / str(channels)
+        RevDEQForImageClassification(RevDEQVisionConfig(**sizes)).save_pretrained(folder)
+        assert ('pipeline("image-classification", model="USER/' in render_card(folder, evaluated=False)) == told
 
 
 def test_code_that_travels_is_told(model):
     change_json(model / "config.json", lambda config: config.pop("auto_map", None))
     assert "trust_remote_code" not in render_card(model)
+    assert "pipeline(" in render_card(model)
     change_json(model / "config.json", lambda config: config.update(auto_map={"AutoModelForCausalLM": "modeling_revdeq.RevDEQForCausalLM"}))
     assert '.from_pretrained("USER/small-model", trust_remote_code=True)' in render_card(model)
 

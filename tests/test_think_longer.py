@@ -276,6 +276,23 @@ def test_the_residual_in_the_loss(think, tmp_path):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_an_evaluation_takes_no_residual(think, tmp_path):
+    """It runs without gradients, where a solve keeps nothing that the residual could be taken from; its loss is the model's own."""
+    model = think.build_network(think.NetworkArguments(hidden_size=8, train_steps=[3]), think.PROBLEMS["mazes"])
+    settings = dict(output_dir=str(tmp_path), report_to="none", per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=2)
+    arguments = think.ThinkingArguments(**settings, eval_strategy="steps", eval_steps=1, disable_tqdm=True)
+    rows = think.mazes(4, 7, 0)
+    trainer = think.ThinkingTrainer(
+        residual_weight=0.6, model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=think.collate
+    )
+    trainer.train()
+    with torch.no_grad():
+        own = model.eval()(**think.collate(list(rows))).loss.item()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 2
+    assert losses[-1] == trainer.evaluate()["eval_loss"] == pytest.approx(own, rel=1e-6)
+
+
 def test_accumulated_batches_count_the_residual_once(think, tmp_path):
     """Token classifiers divide their loss by the labels of the whole update; a term beside it is a mean, to be divided by the batches."""
     same = dict(
@@ -346,7 +363,9 @@ def test_labels_that_weigh_more(think, tmp_path):
         (dict(problem="mazes", test_file="puzzles.txt"), "--test_file holds Sudoku, got --problem mazes"),
         (dict(problem="mazes", test_views=9), "got 9 for mazes"),
         (dict(problem="sudoku_tokens", test_views=0), "got 0 for sudoku_tokens"),
-        (dict(problem="mazes"), "odd"),
+        (dict(problem="mazes"), "--test_sizes 8: size must be odd"),
+        (dict(problem="permutations"), "--test_sizes 8: length must be at least 12"),
+        (dict(problem="permutations", test_sizes=[12]), "--train_size 8, --train_count 16: length must be at least 12"),
         (dict(tol=-1), "--tol must be a finite number above 0, got -1"),
         (dict(test_steps=[4, 0]), r"--test_steps must be at least 1 each, got \[4, 0\]"),
         (dict(curve_count=0), "--curve_count must be at least 1, got 0"),
@@ -357,7 +376,7 @@ def test_labels_that_weigh_more(think, tmp_path):
 )
 def test_what_cannot_be_done_is_said(think, tmp_path, settings, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
-        think.main(flags(**settings, train_size=8, test_sizes=[8], output_dir=tmp_path))
+        think.main(flags(**{**dict(train_size=8, test_sizes=[8], output_dir=tmp_path), **settings}))
 
 
 @pytest.mark.slow
@@ -373,6 +392,25 @@ def test_trained_on_short_strings_right_on_long_ones(think, tmp_path):
     row = results["adaptive"][0]
     assert row["settled_right"] > 0.8 * 60
     assert row["settled_wrong"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "logged"),
+    [
+        (dict(max_steps=3, logging_steps=50), [3]),
+        (dict(max_steps=5, logging_steps=2), [2, 4, 5]),
+        (dict(max_steps=4, logging_steps=2), [2, 4]),
+        (dict(max_steps=100_000, max_minutes=0.01, logging_steps=100_000), None),
+        (dict(max_steps=3, logging_strategy="no"), []),
+    ],
+    ids=str,
+)
+def test_the_last_update_is_logged_once(think, tmp_path, settings, logged):
+    results = think.main(flags(**settings, test_sizes=[8], output_dir=tmp_path))
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    for figure in ("loss", "drift", "residual", "solver_steps"):
+        assert [entry["step"] for entry in history if figure in entry] == ([results["updates"]] if logged is None else logged)
+    assert results["greatest_drift"] == (None if logged == [] else 0.0)
 
 
 def test_minutes_end_a_training_its_rate_and_the_growth_of_the_residuals_weight(think, tmp_path, monkeypatch):
