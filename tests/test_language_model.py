@@ -129,10 +129,10 @@ def test_law_6_two_segments_equal_one_and_padding_changes_nothing(variant):
 def test_a_token_that_pads_and_ends_texts_learns():
     model = small(pad_token_id=5, eos_token_id=5).train()
     texts = torch.where(IDS == 5, 6, IDS)
-    for told in (True, False):  # whether it ends the texts, or fills them up, where nobody sees it
+    for told in (True, False):  # whether it stands between two texts, or for nothing, where nobody sees it
         model.zero_grad()
-        mask = torch.ones(2, 12, dtype=torch.long).index_fill(1, torch.tensor([11]), int(told))
-        ids = nn.functional.pad(texts, (0, 1), value=5)
+        ids = torch.cat([nn.functional.pad(texts, (0, 1), value=5), texts], 1)
+        mask = torch.ones_like(ids).index_fill(1, torch.tensor([11]), int(told))
         model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
         assert (model.model.embed_tokens.weight.grad[5].abs().sum() > 0) == told
 
