@@ -133,7 +133,8 @@ def test_a_token_that_pads_and_ends_texts_learns():
         model.zero_grad()
         ids = torch.cat([nn.functional.pad(texts, (0, 1), value=5), texts], 1)
         mask = torch.ones_like(ids).index_fill(1, torch.tensor([11]), int(told))
-        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        labels = ids.index_fill(1, torch.tensor([11, 12]), -100)  # what stands there, and what it would say comes next
+        model(ids, attention_mask=mask, labels=labels).loss.backward()
         assert (model.model.embed_tokens.weight.grad[5].abs().sum() > 0) == told
 
 
