@@ -170,6 +170,18 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
     return found[""] if isinstance(module, ReversibleFixedPoint) else found
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it all of a model is in evaluation mode; afterwards each module is in its own again (some may rest while others train)."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def sharded_parts(module: nn.Module) -> list[Any]:
     """The modules within it whose weights FSDP2 keeps in shards."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -226,6 +226,11 @@ class BundledModel:
             super().register_for_auto_class(auto_class)  # type: ignore[misc]
 
 
+def may_look(values: torch.Tensor) -> bool:
+    """Whether values can be checked for free: on an accelerator the host would wait, in a compiled graph the look would break it."""
+    return values.device.type == "cpu" and values.numel() > 0 and not torch.compiler.is_compiling()
+
+
 def _is_ours(class_reference: Any) -> bool:
     """Whether a value of an auto map, `module.Class` or `user/name--module.Class`, names a class of these files."""
     return isinstance(class_reference, str) and any(class_reference.split("--")[-1] in own.values() for own in AUTO_MAPS.values())

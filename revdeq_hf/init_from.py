@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_revdeq import RevDEQConfig
 from .conversion import load_whole, whole_folder
+from .diagnostics import evaluating
 from .modeling_revdeq import RevDEQForCausalLM
 
 LLAMA_TYPES = ("llama", "mistral", "qwen2")  # whose layers have the names of the modern block's
@@ -105,17 +106,14 @@ def init_from(
     ):
         for layer, values in zip(destination, weights, strict=True):
             layer.load_state_dict(values, strict=True)
-    modes = {module: module.training for module in source.modules()}
-    source.eval()
-    ids = _plausible_tokens(source)
-    if gpt2:
-        _finish_gpt2(model, given, ids)
-    else:
-        sizes = _sizes(source, ids)
-        known = [sizes[index] for index in (taken if mean else taken[:1])]
-        _finish_llama(model, given, sum(known) / len(known), sizes, state_gain)
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(source):
+        ids = _plausible_tokens(source)
+        if gpt2:
+            _finish_gpt2(model, given, ids)
+        else:
+            sizes = _sizes(source, ids)
+            known = [sizes[index] for index in (taken if mean else taken[:1])]
+            _finish_llama(model, given, sum(known) / len(known), sizes, state_gain)
     return model
 
 

@@ -43,7 +43,7 @@ from .block_revdeq import RevDEQAttention, RevDEQLayer, RevDEQTransformerBlock
 from .cache_revdeq import CACHE_NAME, EvaluationSlots, SharedSlots, check_slots, one_cache
 from .configuration_revdeq import RevDEQConfig
 from .generation_revdeq import RevDEQGenerationMixin, with_steps
-from .hub_revdeq import BundledModel, refuse_settings
+from .hub_revdeq import BundledModel, may_look, refuse_settings
 from .layer_revdeq import ReversibleFixedPoint
 from .loss_revdeq import at_least_one, linear_cross_entropy, share_of_batch
 from .steps_revdeq import check_steps
@@ -370,7 +370,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
         assert input_ids is not None
         if input_ids.dim() != 2 or input_ids.is_floating_point():
             raise ValueError(f"input_ids must be (batch, seq) of whole numbers, got {tuple(input_ids.shape)} of {input_ids.dtype}")
-        if _may_look(input_ids):
+        if may_look(input_ids):
             low, high = int(input_ids.min()), int(input_ids.max())
             known = getattr(
                 self.embed_tokens, "num_embeddings", self.config.vocab_size
@@ -384,9 +384,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
 
     def _embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         longest = self.config.max_position_embeddings
-        if _may_look(position_ids) and int(position_ids.min()) < 0:
+        if may_look(position_ids) and int(position_ids.min()) < 0:
             raise ValueError(f"position_ids must not be negative for learned positions, got {int(position_ids.min())}")
-        if _may_look(position_ids) and int(position_ids.max()) >= longest:
+        if may_look(position_ids) and int(position_ids.max()) >= longest:
             raise ValueError(
                 f"this model has learned positions for {longest} tokens (max_position_embeddings), got position {int(position_ids.max())}; "
                 "shorten the input, or use block_type='modern', whose rotary positions have no such limit"
@@ -708,7 +708,7 @@ def _check_shapes(shape: torch.Size, attention_mask, position_ids: torch.Tensor 
 
 def _refuse_packing(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> None:
     """Raises ValueError for positions that begin anew, as those of packed sequences do, without a mask that keeps them apart."""
-    if position_ids is None or attention_mask is not None or not _may_look(position_ids):
+    if position_ids is None or attention_mask is not None or not may_look(position_ids):
         return
     before, after = position_ids[..., :-1], position_ids[..., 1:]
     if bool(((after == 0) & (before > 0)).any()) and bool(((after == 0) | (after == before + 1)).all()):
@@ -716,11 +716,6 @@ def _refuse_packing(position_ids: torch.Tensor | None, attention_mask: torch.Ten
             "position_ids begin anew, as those of packed sequences do: with config.is_causal=False their tokens would see one another; pass an attention_mask "
             "(batch, 1, seq, seq) that keeps the sequences apart, or a sequence in each row, padded"
         )
-
-
-def _may_look(ids: torch.Tensor) -> bool:
-    """Whether values can be checked for free: on an accelerator the host would wait, in a compiled graph the look would break it."""
-    return ids.device.type == "cpu" and ids.numel() > 0 and not torch.compiler.is_compiling()
 
 
 # Remote code runs no __init__.py, so classes are registered where they are defined. The tables of names are used by Trainer

@@ -22,7 +22,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 
 from .block_revdeq import RevDEQConvBlock, RevDEQConvNextBlock, RevDEQRecallBlock
 from .configuration_revdeq import RevDEQVisionConfig
-from .hub_revdeq import BundledModel, refuse_settings
+from .hub_revdeq import BundledModel, may_look, refuse_settings
 from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint
 from .loss_revdeq import share_of_batch
 from .steps_revdeq import check_steps
@@ -628,7 +628,7 @@ class RevDEQVisionBackbone(BackboneMixin, RevDEQVisionNetwork):
 
 def _check_range(labels: torch.Tensor, count: int, ignored: int, ignored_name: str) -> None:
     """Raises ValueError unless the labels are classes or the one that is ignored; where the look would cost something, it is left out."""
-    if not _may_look(labels):
+    if not may_look(labels):
         return
     wrong = labels[((labels < 0) | (labels >= count)) & (labels != ignored)]
     if wrong.numel():
@@ -636,11 +636,6 @@ def _check_range(labels: torch.Tensor, count: int, ignored: int, ignored_name: s
             f"labels must lie in [0, num_labels) = [0, {count}), or be {ignored_name} to be ignored, got {sorted(set(wrong.tolist()))[:5]}; "
             "make the model with num_labels (or id2label) of the data"
         )
-
-
-def _may_look(labels: torch.Tensor) -> bool:
-    """As in modeling_revdeq.py, which a published image model does without."""
-    return labels.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 # see modeling_revdeq.py

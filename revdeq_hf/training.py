@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .diagnostics import Diagnosis, diagnose
+from .diagnostics import Diagnosis, diagnose, evaluating
 from .flops import training_flops
 from .hub_revdeq import __version__
 from .layer_revdeq import ReversibleFixedPoint, SolveStatistics, fixed_point_layers
@@ -403,19 +403,14 @@ def residual_curve(model: nn.Module, inputs: dict[str, torch.Tensor], steps: int
         For each layer's name, `steps` numbers.
     """
     layers = fixed_point_layers(model)
-    modes = {module: module.training for module in model.modules()}  # some may rest while others train
-    model.eval()
     curves: dict[str, list[float]] = {name: [] for name, _ in layers}
-    try:
+    with evaluating(model):
         for count in range(1, steps + 1):
             model(**inputs, max_steps=count)
             for name, layer in layers:
                 assert layer.statistics is not None
                 assert layer.statistics.residual is not None
                 curves[name].append(layer.statistics.residual.mean().item())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return curves
 
 
