@@ -426,6 +426,8 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     quality, loss = figure.subplots(1, 2)
 
     def line(axes: Any, curves: list[list[Any]], **style: Any) -> None:
+        if not all(curves):  # of a run that logged nothing
+            return
         end = min(curve[-1][0] for curve in curves)
         x = [point for point, _ in curves[0] if point <= end]
         values = [np.interp(x, *np.transpose(curve)) for curve in curves]  # their points may lie elsewhere
@@ -439,7 +441,8 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
         records = [record for record in every if not record.get("diverged")]
         if not records:
             continue
-        style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10], "label": variant}
+        label = variant if len(records) == len(every) else f"{variant} (without {len(every) - len(records)} that diverged)"
+        style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10], "label": label}
         line(loss, [record["losses"] for record in records], **style)
         if "curve" in records[0]:  # of each size the most steps
             at_last = [{row["size"]: 100 * row["labels"] for row in record["curve"]} for record in records]
@@ -471,6 +474,7 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
                 axes.set_yscale("log")
             else:  # a way that fails must not flatten all others
                 axes.set_ylim(0.9 * min(drawn), 2.5 * min(drawn))
+                axes.set_title(f"{axes.get_title()} (cut off above)")
     figure.savefig(path, dpi=100)
 
 

@@ -636,7 +636,7 @@ def main(arguments: list[str] | None = None) -> dict:
     padding = copy.deepcopy(tokenizer)
     padding.pad_token = pad
     if pad == tokenizer.eos_token:
-        # Trainer would write it into the model's configuration, and the end-of-text token of a model loaded with that gets no gradient
+        # Trainer would write it into the model's configuration, and the end-of-text token of a llama loaded with that gets no gradient
         tokenizer.pad_token = None
     hashes = {split: text_hash(rows[split][data.text_column]) for split in SPLITS}  # of a stream its first rows
     sizes = {split: text_size(rows[split][data.text_column]) for split in ("validation", "test")}
@@ -700,8 +700,9 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def first_tokens(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of the first few tokens of the first text that is not empty."""
-    text = next(text for text in texts if text and text.strip())
-    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:PROMPT_TOKENS])
+    text = next(text for text in texts if text and text.strip())[:200]
+    # a token may end within a character
+    return tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]).rstrip("\ufffd")
 
 
 def report(results: dict, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, begin: str, sample_tokens: int, ids: list[int]) -> None:

@@ -210,9 +210,10 @@ def _checkpoint_layer(checkpoint_function: Callable | None, forward: partial, *a
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a user has hooks on what it returns; those by which FSDP2 gathers its weights are none of a user's."""
+    """Whether it has hooks that may do something with what it returns: none of FSDP2's, which gather its weights, and none with an attribute `only_looks`."""
     hooks = (*module._forward_hooks.values(), *module._backward_hooks.values(), *module._backward_pre_hooks.values())
-    return any(not getattr(hook, "__module__", "").startswith("torch.distributed") for hook in hooks)
+    own = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("torch.distributed")]
+    return not all(getattr(hook, "only_looks", False) for hook in own)
 
 
 # gradients of a solve are taken with autograd.grad, which the reentrant kind refuses

@@ -180,6 +180,8 @@ def test_a_sample_begins_as_a_row_to_validate_on_does(language, text_files, tmp_
     assert len(begin) > 5
     assert sample.startswith(begin)
     assert language.first_tokens(["", None, " \n", "alpha"], tokenizer) == "alpha"
+    cut = language.first_tokens(["\u65e5\u672c\u8a9e"], tokenizer)  # three bytes each, of which five tokens of bytes hold one and a part
+    assert cut == "\u65e5"
 
 
 def test_labels_smoothed_of_a_compiled_model_are_refused(language, monkeypatch):

@@ -227,6 +227,33 @@ def test_without_gradients_nothing_grows_with_the_steps(beta):
     assert torch.equal(exact, states[100]), "forgetting changes nothing"
 
 
+@pytest.mark.parametrize(
+    ("gradient", "steps", "told"),
+    [*(("reversible", *pair) for pair in ((4, 32), (16, 48), (64, 80), (256, 192), (1000, 624))), ("backprop", 64, 1568)],
+)
+def test_law_3_what_is_kept_between_the_passes_is_what_the_pages_say(gradient, steps, told):
+    """docs/layer.md, README.md: bytes for each number of the state of its block at beta 0.8, parameters left out."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.inner = nn.LayerNorm(32), nn.Linear(32, 32)
+
+        def forward(self, z, x):
+            return torch.tanh(self.inner(self.norm(z + x)))
+
+    layer, storages = ReversibleFixedPoint(Block(), beta=0.8, max_steps=steps, gradient=gradient), {}
+    own = {parameter.data_ptr() for parameter in layer.parameters()}
+
+    def see(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
+        solution = layer(torch.randn(64, 32, requires_grad=True))
+    assert round(sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own) / solution.z.numel()) == told
+
+
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "implicit"])
 @pytest.mark.parametrize("tol", [None, 0.02])
 def test_trajectory(gradient, tol):
