@@ -554,13 +554,12 @@ def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[
     def recomputable(state: State) -> State:
         refuse_other_parameters(evaluator.block, parameters)
         unchanged.check()
-        evaluator.refuse_changed_buffers()
         return call(state)
 
     def evaluate(state: State, number: int) -> State:
         if number >= recompute_before:
             return call(state)
-        contexts = lambda: (contextlib.nullcontext(), evaluator.replay())  # noqa: E731
+        contexts = lambda: (contextlib.nullcontext(), evaluator.replay(alike=True))  # noqa: E731
         return checkpoint(recomputable, state, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     return evaluate

@@ -39,10 +39,14 @@ def eager_attention_forward(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None and attention_mask.is_floating_point():
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None and attention_mask.is_floating_point():
         scores = scores + attention_mask
-    elif attention_mask is not None:  # true, or 1, where a token may look
-        scores = scores.masked_fill(~attention_mask.bool(), torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        raise ValueError(
+            f"a mask of queries and keys must be bool (True where a token may look) or floating (added to the scores), got {attention_mask.dtype}"
+        )
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils.output_capturing import _active_collector
 
 from .diagnostics import sharded_parts
 from .layer_revdeq import SOLVER_ARGUMENTS, FixedPointSolution, ReversibleFixedPoint, fixed_point_layers
+from .solver_revdeq import per_row
 
 ROUNDING = 1e-4  # residual of a place below which it is squared: what is left there has no direction
 
@@ -84,6 +84,8 @@ class ResidualLoss:
                 "ResidualLoss evaluates blocks once more, which would write to the cache again; call the model with use_cache=False"
             )
         context = {key: value for key, value in kwargs.items() if key not in SOLVER_ARGUMENTS}
+        from transformers.utils.output_capturing import _active_collector  # no public name, and needed here alone
+
         token = _active_collector.set(None)  # hidden states and attentions that are asked for are those of the solve
         try:
             f = layer.block(solution.z, *args, **context)
@@ -112,5 +114,7 @@ def _residual_of_places(f: torch.Tensor, z: torch.Tensor, mask: torch.Tensor | N
     channels = 1 if f.dim() > 3 else -1
     away, size = (part.float().square().sum(channels) for part in (f - z, f))
     residual = (away / (size + 1e-10) + ROUNDING**2).sqrt()
-    counting = residual if mask is None else residual[mask]
-    return counting.sum() / max(1, counting.numel())
+    if mask is None:
+        return residual.sum() / max(1, residual.numel())
+    counting = per_row(mask, residual).expand_as(residual)
+    return torch.where(counting, residual, 0.0).sum() / counting.sum().clamp(min=1)

@@ -98,8 +98,9 @@ class KeptBuffer:
 
     @property
     def moved(self) -> bool:
+        """Whether it was changed in place, or another one has taken its place."""
         assert self.tensor is not None
-        return _moved(self.module, self.name, self.tensor, self._version)
+        return self.module._buffers[self.name] is not self.tensor or self.tensor._version != self._version
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -112,9 +113,27 @@ class KeptBuffer:
         self.module._buffers[self.name] = self.tensor
 
 
-def _moved(module: nn.Module, name: str, buffer: torch.Tensor, version: int) -> bool:
-    """Whether a module's buffer was changed in place, or another one has taken its place."""
-    return module._buffers.get(name) is not buffer or buffer._version != version
+class SteadyBuffer:
+    """A module's buffer that no evaluation changes, by its identity and version, and not by a copy."""
+
+    def __init__(self, module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+        self.module, self.name, self.tensor = module, name, tensor
+        self._version = _version_of(tensor)
+
+    @property
+    def changed(self) -> bool:
+        """Whether it was changed in place."""
+        return _version_of(self.tensor) != self._version
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another one has taken its place."""
+        return self.module._buffers.get(self.name) is not self.tensor
+
+
+def _version_of(tensor: torch.Tensor) -> int:
+    """Of its changes those that replays have not taken back."""
+    return tensor._version - getattr(tensor, "_taken_back", 0)
 
 
 def kept_buffers(module: nn.Module, training: bool = False) -> list[KeptBuffer]:
@@ -241,7 +260,7 @@ class Evaluator:
         self.random = False
         self._changed: list[KeptBuffer] = []  # buffers that an evaluation changes, as they were before it
         self._modes: list[tuple[nn.Module, bool]] = []  # which modules train
-        self.steady: list[tuple[nn.Module, str, torch.Tensor, int]] = []  # buffers that no evaluation changes, with their version
+        self._steady: list[SteadyBuffer] = []
         self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
         self._generators: list[torch.Tensor] | None = None
         self.unfollowed = False
@@ -283,7 +302,13 @@ class Evaluator:
             self._put_back()
             with same_convolutions(self.device):
                 values = self._checked(call())
+            self._keep_steady()
         return self._damped(state, values)
+
+    def _keep_steady(self) -> None:
+        """After an evaluation: what it changed is none that no evaluation changes."""
+        if any(buffer.changed or buffer.replaced for buffer in self._steady):
+            self._steady = [buffer for buffer in self._steady if not (buffer.changed or buffer.replaced)]
 
     def _first(self, call: Callable[[], Any], inputs: list[torch.Tensor]) -> State:
         """The first evaluation of a solve, which shows what the block draws and changes."""
@@ -291,8 +316,8 @@ class Evaluator:
         buffers = kept_buffers(self.block, training=True)
         self._changed = buffers  # all of them, for the case that the block raises
         self._modes = [(module, module.training) for module in self.block.modules()]
-        steady = [
-            (module, name, buffer, buffer._version)
+        self._steady = [
+            SteadyBuffer(module, name, buffer)
             for module, _ in self._modes
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_inference()
@@ -301,7 +326,7 @@ class Evaluator:
         with same_convolutions(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or self.unfollowed):
             out = call()
         self._changed = [buffer for buffer in buffers if buffer.moved]
-        self.steady = [entry for entry in steady if not _moved(*entry)]
+        self._keep_steady()
         moved = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
         # where nothing trains it may have been another thread, whose numbers must not be drawn twice
         quiet = not (self.compiled or torch.is_grad_enabled() or any(m.training for m in self.block.modules()))
@@ -363,20 +388,10 @@ class Evaluator:
                     stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 
-    def replay(self) -> "_Replay":
-        """A context around recomputation, in which the block trains as it did, and which leaves the user's generators and the block's buffers as they are; may
-        be entered again."""
-        return _Replay(self)
-
-    def refuse_changed_buffers(self) -> None:
-        """Raises RuntimeError where a buffer that no evaluation changes is not as the first one met it."""
-        for entry in self.steady:
-            if _moved(*entry):
-                module, name, buffer, _ = entry
-                raise RuntimeError(
-                    f"the buffer {name!r} of shape {tuple(buffer.shape)} of the block's {type(module).__name__} has been changed between the forward and the "
-                    "backward pass, so the evaluations cannot be recomputed; change it after the backward pass"
-                )
+    def replay(self, alike: bool = False) -> "_Replay":
+        """A context around recomputation, in which the block has the buffers and trains as it did, and which leaves the user's generators and the block's
+        buffers as they are; may be entered again. With `alike` it raises RuntimeError where a buffer was changed in place: there is no copy of it."""
+        return _Replay(self, alike)
 
     def rewind(self) -> None:
         """Puts generators and buffers back to where they were before the solve, which has failed."""
@@ -390,25 +405,44 @@ class Evaluator:
 
 
 class _Replay:
-    def __init__(self, evaluator: Evaluator) -> None:
-        self.evaluator = evaluator
-        self.kept: list[tuple[list[torch.Tensor] | None, list[KeptBuffer], list[nn.Module]]] = []
+    def __init__(self, evaluator: Evaluator, alike: bool) -> None:
+        self.evaluator, self.alike = evaluator, alike
+        self.stacks: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
-        generators = generator_states(self.evaluator.device) if self.evaluator.random else None
-        switched = [module for module, training in self.evaluator._modes if module.training != training]
-        self.kept.append((generators, [KeptBuffer(buffer.module, buffer.name) for buffer in self.evaluator._changed], switched))
-        for module in switched:
-            module.training = not module.training
+        evaluator = self.evaluator
+        for buffer in evaluator._steady:
+            if self.alike and buffer.changed:
+                raise RuntimeError(
+                    f"the buffer {buffer.name!r} of shape {tuple(buffer.tensor.shape)} of the block's {type(buffer.module).__name__} has been changed between "
+                    "the forward and the backward pass, so the evaluations cannot be recomputed; change it after the backward pass, or out of place"
+                )
+        stack = contextlib.ExitStack()
+        for buffer in evaluator._steady:
+            if buffer.replaced and buffer.name in buffer.module._buffers:
+                stack.callback(buffer.module._buffers.__setitem__, buffer.name, buffer.module._buffers[buffer.name])
+                buffer.module._buffers[buffer.name] = buffer.tensor
+        for module, training in evaluator._modes:
+            if module.training != training:
+                stack.callback(setattr, module, "training", module.training)
+                module.training = training
+        for changed in evaluator._changed:
+            stack.callback(_take_back, KeptBuffer(changed.module, changed.name))
+        if evaluator.random:
+            stack.callback(set_generator_states, generator_states(evaluator.device), evaluator.device)
+        self.stacks.append(stack)
 
     def __exit__(self, *error: Any) -> None:
-        generators, buffers, switched = self.kept.pop()
-        for module in switched:
-            module.training = not module.training
-        if generators is not None:
-            set_generator_states(generators, self.evaluator.device)
-        for buffer in buffers:
-            buffer.put_back()
+        self.stacks.pop().close()
+
+
+def _take_back(buffer: KeptBuffer) -> None:
+    """Puts a buffer back, and remembers that what has happened to it since is nothing."""
+    assert buffer.tensor is not None
+    before = buffer._version
+    buffer.put_back()
+    if bumps := buffer.tensor._version - before:
+        buffer.tensor._taken_back = getattr(buffer.tensor, "_taken_back", 0) + bumps  # type: ignore[attr-defined]
 
 
 @dataclass

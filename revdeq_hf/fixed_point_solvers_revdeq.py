@@ -55,6 +55,7 @@ def find_fixed_point(
     memory: int,
     floor: float,
     record: bool = False,
+    counting: torch.Tensor | None = None,
 ) -> FloatSolve:
     """Runs a solver.
 
@@ -68,6 +69,7 @@ def find_fixed_point(
         memory: iterates of "anderson", updates of "broyden"; each costs two state tensors.
         floor: added to the norm of f in the residual.
         record: whether to keep the states and residuals of all steps.
+        counting: (batch, elements) bool, which elements count in the residual and in what "anderson" and "broyden" make of earlier states; None: all.
 
     Follows autograd where it is on and the solver is one of `DIFFERENTIABLE_SOLVERS`.
     """
@@ -77,9 +79,9 @@ def find_fixed_point(
     elif solver == "relaxed":
         update = lambda z, value: torch.lerp(z, value, beta)  # noqa: E731
     elif solver == "anderson":
-        update = _Anderson(beta, memory)
+        update = _Anderson(beta, memory, counting)
     else:
-        update = _Broyden(memory)
+        update = _Broyden(memory, counting)
     batch = z0.shape[0]
     z = z0
     active = torch.ones(batch, dtype=torch.bool, device=z.device)
@@ -93,10 +95,10 @@ def find_fixed_point(
         value = f(z)
         evaluations += 1
         with torch.no_grad():
-            size = torch.linalg.vector_norm(value, dim=1)
-            nonfinite += ~size.isfinite() & active
+            nonfinite += ~torch.linalg.vector_norm(value, dim=1).isfinite() & active
             if half % 2 == 0:
-                relative = (torch.linalg.vector_norm(value - z, dim=1) / (floor + size)).float()
+                away, size = (torch.linalg.vector_norm(_counted(part, counting), dim=1) for part in (value - z, value))
+                relative = (away / (floor + size)).float()
                 residual = torch.where(active, relative, residual)
                 if record:
                     step_residuals.append(residual)
@@ -111,20 +113,25 @@ def find_fixed_point(
     return FloatSolve(z, steps, residual, nonfinite, evaluations, trajectory, step_residuals)
 
 
+def _counted(part: torch.Tensor, counting: torch.Tensor | None) -> torch.Tensor:
+    """With 0 for what does not count."""
+    return part if counting is None else torch.where(counting, part, 0.0)
+
+
 class _Anderson:
     """Keeps the last `memory` iterates and their values; solves a small bordered system for the weights of each example."""
 
     RIDGE = 1e-10  # relative to the largest entry of the Gram matrix: keeps the system solvable when iterates coincide
 
-    def __init__(self, beta: float, memory: int) -> None:
-        self.beta, self.memory = beta, memory
+    def __init__(self, beta: float, memory: int, counting: torch.Tensor | None) -> None:
+        self.beta, self.memory, self.counting = beta, memory, None if counting is None else counting[:, None]
         self.states: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
 
     def __call__(self, z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         self.states, self.values = [*self.states, z][-self.memory :], [*self.values, value][-self.memory :]
         states, values = torch.stack(self.states, 1), torch.stack(self.values, 1)  # (batch, kept, elements)
-        gaps = (values - states).double()
+        gaps = _counted(values - states, self.counting).double()
         gram = gaps @ gaps.transpose(1, 2)
         kept = gram.shape[1]
         scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
@@ -140,8 +147,8 @@ class _Anderson:
 class _Broyden:
     """`B = -I + sum_i u_i v_i^T`, starting from the plain iteration; when the memory is full it starts anew."""
 
-    def __init__(self, memory: int) -> None:
-        self.memory = memory
+    def __init__(self, memory: int, counting: torch.Tensor | None) -> None:
+        self.memory, self.counting = memory, counting
         self.left: list[torch.Tensor] = []
         self.right: list[torch.Tensor] = []
         self.last: tuple[torch.Tensor, torch.Tensor] | None = None  # state and gap
@@ -165,10 +172,11 @@ class _Broyden:
             if len(self.left) == self.memory:
                 self.left, self.right = [], []
             moved = self._apply(change)
-            row = self._apply_transposed(step)
-            denominator = (step * moved).sum(1, keepdim=True)
+            counted = _counted(step, self.counting)  # so the rows, of which all products are, are 0 where nothing counts
+            row = self._apply_transposed(counted)
+            denominator = (counted * moved).sum(1, keepdim=True)
             # an example that does not move any more has no direction to learn from
-            safe = denominator.abs() > torch.finfo(z.dtype).eps * step.square().sum(1, keepdim=True)
+            safe = denominator.abs() > torch.finfo(z.dtype).eps * counted.square().sum(1, keepdim=True)
             self.left.append(torch.where(safe, (step - moved) / torch.where(safe, denominator, 1.0), 0.0))
             self.right.append(row)
         self.last = (z, gap)

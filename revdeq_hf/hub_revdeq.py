@@ -173,8 +173,8 @@ class BundledModel:
         """
         now = self._solver_settings()
         if now != self._configured:
-            if not torch.compiler.is_compiling():  # where torch 2.11 fails, and the layers check theirs in each solve
-                self.config.validate()  # type: ignore[attr-defined]
+            # torch 2.11 cannot trace the rest of what transformers validates
+            self.config.validate_solver() if torch.compiler.is_compiling() else self.config.validate()  # type: ignore[attr-defined]
             for _, layer in fixed_point_layers(self):  # type: ignore[arg-type]  # not of what they may be wrapped in, where it would stay
                 for name, value in now.items():
                     if value != self._configured[name]:

@@ -65,7 +65,7 @@ def solve_float(
     measure_mask: torch.Tensor | None = None,
 ) -> tuple[State, FloatSolve]:
     """Runs a solver that is not reversible, on every row by itself. With `recompute_before` autograd follows it (see `stored_evaluation`), with None not.
-    What `measure_mask` leaves out stays at its start, where it adds nothing to any sum over a row."""
+    What `measure_mask` leaves out is iterated with the rest, and adds nothing to any sum over a row."""
     numbers = iter(range(2 * max_steps))
     with torch.set_grad_enabled(recompute_before is not None):
         evaluate = stored_evaluation(evaluator, recompute_before or 0)
@@ -74,14 +74,9 @@ def solve_float(
         counting = None
         if measure_mask is not None:
             counting = flatten(tuple(per_row(measure_mask, part).expand_as(part).to(part.dtype) for part in z0)) > 0
-
-        def f(z: torch.Tensor) -> torch.Tensor:
-            value = flatten(evaluate(unflatten(z, evaluator, row_dims), next(numbers)), row_dims)
-            return value if counting is None else torch.where(counting, value, z)
-
         solution = find_fixed_point(
             settings.solver,
-            f,
+            lambda z: flatten(evaluate(unflatten(z, evaluator, row_dims), next(numbers)), row_dims),
             flatten(z0, row_dims),
             max_steps=max_steps,
             tol=tol,
@@ -89,6 +84,7 @@ def solve_float(
             memory=settings.memory,
             floor=RESIDUAL_FLOOR,
             record=record,
+            counting=counting,
         )
         leading = evaluator.shapes[0][:row_dims]
         for name in ("steps", "residual", "nonfinite"):
@@ -133,13 +129,12 @@ class _Implicit(torch.autograd.Function):
         evaluator, settings, count = ctx.evaluator, ctx.settings, ctx.count
         refuse_other_parameters(evaluator.block, ctx.parameters)
         ctx.unchanged.check()
-        evaluator.refuse_changed_buffers()
         needed = ctx.needs_input_grad[4:]
         saved = ctx.saved_tensors  # once: torch.utils.checkpoint unpacks nothing twice
         z, arguments = saved[:count], saved[count : ctx.end]
         leaves = as_leaves(arguments, needed[count : ctx.end])
         g = flatten(gradients)
-        with evaluator.replay():
+        with evaluator.replay(alike=True):
             evaluation = evaluate_with_graph(evaluator, z, leaves)
         refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves, *ctx.parameters))
         outputs = [part for part in evaluation.f if part.requires_grad]

@@ -145,7 +145,7 @@ class ReversibleFixedPoint(nn.Module):
         steps_sampling: None, or a dict such as {"distribution": "uniform", "min_steps": 2, "max_steps": 8}, see `steps_revdeq.py`: in training
             mode with gradients each solve draws its number of steps, unless `max_steps` is given in the call.
         initial_scale: standard deviation of the start state, 0: it is zero. In training mode with gradients it is drawn anew for every example, so that
-            the layer learns to forget where it began (path independence, arXiv 2211.09961); else it is a fixed draw, the same for every example.
+            the layer learns to forget where it began (path independence, arXiv 2211.09961); else it is a fixed draw, the same for every row.
         path_noise: standard deviation of the noise that training mode with gradients adds to every value of the block on the path, replayed in the
             backward pass: for a fixed point that is found again after a push. Solver "reversible" only.
         num_restarts: R >= 1; outside of training mode with gradients R solves are run from R fixed draws of the start state, one after the other, and each
@@ -235,7 +235,9 @@ class ReversibleFixedPoint(nn.Module):
         self.statistics: SolveStatistics | None = None
         self._compiled_block: list[CompiledBlock] = []  # in a list, which does not make it a submodule
         self._compiled = False  # by `compile`: also for callers that are not compiled
-        self.start_dims = row_dims  # leading dimensions whose entries share a drawn start state, where nothing trains
+        self.start_dims: int | None = (
+            None  # leading dimensions whose entries share a drawn start state, where nothing trains; None: row_dims
+        )
         self._certificate = Certificate(drift_policy)
         self._check_settings()
         self.steps_sampling = None if steps_sampling is None else dict(steps_sampling)
@@ -370,7 +372,7 @@ class ReversibleFixedPoint(nn.Module):
             if number is None:
                 return self.initial_scale * torch.randn_like(part)
             # on the CPU, which every device has: the same everywhere
-            values = torch.randn(part.shape[self.start_dims :], generator=generator, dtype=torch.float32, device="cpu")
+            values = torch.randn(part.shape[self.start_dims or self.row_dims :], generator=generator, dtype=torch.float32, device="cpu")
             return (self.initial_scale * values).to(part.device, part.dtype).expand_as(part)
 
         generator = torch.Generator("cpu").manual_seed(number or 0)
@@ -401,6 +403,7 @@ class ReversibleFixedPoint(nn.Module):
     @torch.compiler.disable
     def _solve_apart(self, z0, x, context, max_steps, tol, gradient, output_trajectory, measure_mask, block_kwargs) -> FixedPointSolution:
         """Eager in a compiled caller; the block is compiled by itself, and the same program serves both passes."""
+        self._check_settings()
         settings = (z0, x, context, max_steps, tol, gradient, output_trajectory, measure_mask, block_kwargs)
         if any(hasattr(value, "next_evaluation") for value in block_kwargs.values()):
             return self._solve(*settings)  # a cache with slots for each evaluation, which would be a program of its own each
@@ -529,10 +532,13 @@ def better_of(one: FixedPointSolution, other: FixedPointSolution) -> FixedPointS
 
 
 def _tell_reserved_names(block: nn.Module) -> None:
-    """Warns of arguments of the block that a call of the layer takes for its own."""
+    """Warns of arguments of the block that are given by name (they have defaults), and that a call of the layer takes for its own."""
     code = getattr(block.forward, "__code__", None)
-    own = [name for name in SOLVER_ARGUMENTS if code and name in code.co_varnames[3 : code.co_argcount + code.co_kwonlyargcount]]
-    if own:
+    if code is None:
+        return
+    first = max(3, code.co_argcount - len(block.forward.__defaults__ or ()))
+    named = code.co_varnames[first : code.co_argcount + code.co_kwonlyargcount]
+    if own := [name for name in SOLVER_ARGUMENTS if name in named]:
         warnings.warn(
             f"{type(block).__name__}.forward has {', '.join(own)} among its arguments, which calls of the layer take as settings of the solver, so that the "
             "block never gets them by name; rename them, or pass them as context, by position",

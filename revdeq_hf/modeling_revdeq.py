@@ -209,10 +209,13 @@ def _checkpoint_layer(checkpoint_function: Callable | None, forward: partial, *a
     return checkpoint_function(forward, *args)
 
 
+MOVERS = ("torch.distributed", "deepspeed", "accelerate", "transformers")
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether it has hooks that may do something with what it returns: none of FSDP2's, which gather its weights, and none with an attribute `only_looks`."""
+    """Whether it has hooks that may do something with what it returns: other than those of `MOVERS`, or with an attribute `only_looks`."""
     hooks = (*module._forward_hooks.values(), *module._backward_hooks.values(), *module._backward_pre_hooks.values())
-    own = [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("torch.distributed")]
+    own = [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith(MOVERS)]
     return not all(getattr(hook, "only_looks", False) for hook in own)
 
 
@@ -313,7 +316,9 @@ class RevDEQModel(RevDEQPreTrainedModel):
                 )
         measure_mask = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == embeds.shape[:2]:
-            measure_mask = attention_mask.bool()  # padding must not hold an example back, nor count in what is told of the solve
+            measure_mask = attention_mask.to(
+                embeds.device, torch.bool
+            )  # padding must not hold an example back, nor count in what is told of the solve
         # one cache, three views: prelude layers find their slots by index, the solve by evaluation (`slots`), coda layers behind these (`after`)
         given = past_key_values
         past_key_values = self._usable_cache(past_key_values, use_cache, steps)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, its weight transposed
 
 
@@ -45,7 +46,7 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         momentum: float = 0.95,
     ) -> None:
-        whole: Any = getattr(model, "module", model)  # within DDP
+        whole: Any = model.module if isinstance(model, DistributedDataParallel) else model
         whole = whole.get_base_model() if hasattr(whole, "get_base_model") else whole  # within adapters of peft
         body = getattr(whole, "base_model", whole)
         layers = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d)

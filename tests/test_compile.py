@@ -131,7 +131,13 @@ def test_what_the_configuration_changes_reaches_a_compiled_model():
             model.config.beta = beta
             seen.append(compiled(ids).logits)
             assert torch.equal(seen[-1], model(ids).logits)
-    assert not torch.equal(seen[0], seen[1])
+        assert not torch.equal(seen[0], seen[1])
+        for name, value in (("damping", 1.5), ("tol", -1.0), ("keep_evaluations", -3)):
+            usual = getattr(model.config, name)
+            setattr(model.config, name, value)
+            with pytest.raises(Exception, match=f"{name} must"):
+                compiled(ids)
+            setattr(model.config, name, usual)
 
 
 @pytest.mark.parametrize("kind", [*MODELS, "causal, residual in the loss"])

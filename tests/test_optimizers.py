@@ -57,9 +57,9 @@ def test_matrices_of_the_body_are_muons_and_each_parameter_has_one_place():
 
 
 def test_heads_are_adamws_whatever_the_model_is_wrapped_in():
-    class Wrapped(torch.nn.Module):  # as DistributedDataParallel holds it
-        def __init__(self, module):
-            super().__init__()
+    class Wrapped(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, module):  # without a process group
+            torch.nn.Module.__init__(self)
             self.module = module
 
     peft = pytest.importorskip("peft")
@@ -69,6 +69,8 @@ def test_heads_are_adamws_whatever_the_model_is_wrapped_in():
         optimizer = MuonAdamW(model, 1e-3, 1e-2)
         assert not any("lm_head" in name for name in names(model, optimizer.muon.param_groups[0]["params"]))
         assert any("lm_head" in name for name in names(model, optimizer.adamw.param_groups[0]["params"]))
+    own = torch.nn.ModuleDict({"module": torch.nn.Linear(3, 3), "other": torch.nn.Linear(3, 3)})  # no wrapper, by whatever name
+    assert len(MuonAdamW(own, 1e-3, 1e-2).muon.param_groups[0]["params"]) == 2
 
 
 def test_updates_are_those_of_torchs_two():

@@ -291,6 +291,26 @@ def test_law_6_padding_changes_no_answer_where_a_sentence_is_one_solve(settings,
         torch.testing.assert_close(other, one, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["reversible", "picard", "relaxed", "anderson", "broyden"])
+def test_a_measure_mask_is_a_measure(solver):
+    """Places that do not count are solved for like the others, which may look at them, and what is not finite there is told."""
+
+    class Neighbours(torch.nn.Module):
+        def forward(self, z, x):
+            return 0.4 * torch.tanh(z.roll(1, 1)) + x
+
+    x, mask = torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
+    mask[:, 3:] = False
+    layer = ReversibleFixedPoint(Neighbours(), max_steps=40, solver=solver, gradient="implicit")
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, measure_mask=mask).z, layer(x).z, rtol=1e-4, atol=1e-5)
+        x[0, 4, 0] = torch.nan
+        broken = layer(x, measure_mask=mask)
+    assert broken.nonfinite[0] > 0
+    assert broken.z[0].isnan().all()
+    assert broken.z[1].isfinite().all()
+
+
 def test_each_example_stops_by_itself_whatever_else_x_holds():
     """What all examples share may be as large as the batch, and is not taken apart with it."""
 

@@ -288,9 +288,15 @@ def test_arguments_that_never_reach_the_block_are_told():
 
     with pytest.warns(UserWarning, match=r"Named.forward has max_steps, tol among its arguments"):
         ReversibleFixedPoint(Named())
+
+    class Positional(nn.Module):
+        def forward(self, z, x, gradient):
+            return torch.tanh(0.1 * z + x + gradient)
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ReversibleFixedPoint(Block())
+        assert ReversibleFixedPoint(Positional())(start(), start()).z.shape == (3, 6)
 
 
 def test_what_is_asked_of_a_solution_and_of_a_layer_is_answered():
