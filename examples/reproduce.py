@@ -479,8 +479,8 @@ def plot(recipe: Recipe, folder: Path, path: Path) -> None:
 
 
 def on_test_data(records: list[dict[str, Any]], key: str) -> list[float]:
-    """What the records have of a figure of the test data; a loss by the protocol of `evaluate.py` alone, not by that of the training script."""
-    return [value for record in records if (value := at(record, f"evaluation.{key}" + "|accuracy" * (key == "accuracy"))) is not None]
+    """What the records have of a figure of the test data, by the protocol of `evaluate.py` alone, not by that of the training script."""
+    return [value for record in records if (value := at(record, f"evaluation.{key}")) is not None]
 
 
 def most(steps: Any) -> int:
