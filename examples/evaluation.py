@@ -478,11 +478,9 @@ def solver_means(sums: torch.Tensor) -> dict[str, float]:
 
 def plot_curves(record: dict[str, Any], path: Path) -> None:
     """Residual at the start of each step, and quality against steps, to a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     trained = record["configuration"]["max_steps"]
     trained = max(trained) if isinstance(trained, list) else trained

@@ -54,11 +54,9 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int = CAL
 
 
 def new_figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 

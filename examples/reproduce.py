@@ -418,11 +418,9 @@ def updated(text: str) -> str:
 
 def plot(recipe: Recipe, folder: Path, path: Path) -> None:
     """Quality over evaluations of the block (for think_longer.py: over the size), and the loss in training; bands from the least to the greatest seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     quality, loss = figure.subplots(1, 2)
 
     def line(axes: Any, curves: list[list[Any]], **style: Any) -> None:

@@ -307,8 +307,7 @@ class Evaluator:
 
     def _keep_steady(self) -> None:
         """After an evaluation: what it changed is none that no evaluation changes."""
-        if any(buffer.changed or buffer.replaced for buffer in self._steady):
-            self._steady = [buffer for buffer in self._steady if not (buffer.changed or buffer.replaced)]
+        self._steady = [buffer for buffer in self._steady if not (buffer.changed or buffer.replaced)]
 
     def _first(self, call: Callable[[], Any], inputs: list[torch.Tensor]) -> State:
         """The first evaluation of a solve, which shows what the block draws and changes."""
@@ -417,20 +416,20 @@ class _Replay:
                     f"the buffer {buffer.name!r} of shape {tuple(buffer.tensor.shape)} of the block's {type(buffer.module).__name__} has been changed between "
                     "the forward and the backward pass, so the evaluations cannot be recomputed; change it after the backward pass, or out of place"
                 )
-        stack = contextlib.ExitStack()
-        for buffer in evaluator._steady:
-            if buffer.replaced and buffer.name in buffer.module._buffers:
-                stack.callback(buffer.module._buffers.__setitem__, buffer.name, buffer.module._buffers[buffer.name])
-                buffer.module._buffers[buffer.name] = buffer.tensor
-        for module, training in evaluator._modes:
-            if module.training != training:
-                stack.callback(setattr, module, "training", module.training)
-                module.training = training
-        for changed in evaluator._changed:
-            stack.callback(_take_back, KeptBuffer(changed.module, changed.name))
-        if evaluator.random:
-            stack.callback(set_generator_states, generator_states(evaluator.device), evaluator.device)
-        self.stacks.append(stack)
+        with contextlib.ExitStack() as stack:  # which puts back what has been done if the rest fails
+            for buffer in evaluator._steady:
+                if buffer.replaced and buffer.name in buffer.module._buffers:
+                    stack.callback(buffer.module._buffers.__setitem__, buffer.name, buffer.module._buffers[buffer.name])
+                    buffer.module._buffers[buffer.name] = buffer.tensor
+            for module, training in evaluator._modes:
+                if module.training != training:
+                    stack.callback(setattr, module, "training", module.training)
+                    module.training = training
+            for changed in evaluator._changed:
+                stack.callback(_take_back, KeptBuffer(changed.module, changed.name))
+            if evaluator.random:
+                stack.callback(set_generator_states, generator_states(evaluator.device), evaluator.device)
+            self.stacks.append(stack.pop_all())
 
     def __exit__(self, *error: Any) -> None:
         self.stacks.pop().close()

@@ -95,9 +95,12 @@ def find_fixed_point(
         value = f(z)
         evaluations += 1
         with torch.no_grad():
-            nonfinite += ~torch.linalg.vector_norm(value, dim=1).isfinite() & active
+            size = torch.linalg.vector_norm(value, dim=1)
+            nonfinite += ~size.isfinite() & active
             if half % 2 == 0:
-                away, size = (torch.linalg.vector_norm(_counted(part, counting), dim=1) for part in (value - z, value))
+                away = torch.linalg.vector_norm(_counted(value - z, counting), dim=1)
+                if counting is not None:
+                    size = torch.linalg.vector_norm(_counted(value, counting), dim=1)
                 relative = (away / (floor + size)).float()
                 residual = torch.where(active, relative, residual)
                 if record:

@@ -173,8 +173,10 @@ class BundledModel:
         """
         now = self._solver_settings()
         if now != self._configured:
-            # torch 2.11 cannot trace the rest of what transformers validates
-            self.config.validate_solver() if torch.compiler.is_compiling() else self.config.validate()  # type: ignore[attr-defined]
+            if torch.compiler.is_compiling():  # torch 2.11 cannot trace the rest of what transformers validates
+                self.config.validate_solver()  # type: ignore[attr-defined]
+            else:
+                self.config.validate()  # type: ignore[attr-defined]
             for _, layer in fixed_point_layers(self):  # type: ignore[arg-type]  # not of what they may be wrapped in, where it would stay
                 for name, value in now.items():
                     if value != self._configured[name]:

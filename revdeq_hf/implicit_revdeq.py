@@ -73,7 +73,7 @@ def solve_float(
             z0 = tuple(torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) for shape in evaluator.shapes)
         counting = None
         if measure_mask is not None:
-            counting = flatten(tuple(per_row(measure_mask, part).expand_as(part).to(part.dtype) for part in z0)) > 0
+            counting = flatten(tuple(per_row(measure_mask, part).expand_as(part) for part in z0)) > 0
         solution = find_fixed_point(
             settings.solver,
             lambda z: flatten(evaluate(unflatten(z, evaluator, row_dims), next(numbers)), row_dims),

@@ -235,9 +235,8 @@ class ReversibleFixedPoint(nn.Module):
         self.statistics: SolveStatistics | None = None
         self._compiled_block: list[CompiledBlock] = []  # in a list, which does not make it a submodule
         self._compiled = False  # by `compile`: also for callers that are not compiled
-        self.start_dims: int | None = (
-            None  # leading dimensions whose entries share a drawn start state, where nothing trains; None: row_dims
-        )
+        # leading dimensions whose entries share a drawn start state, where nothing trains; None: row_dims
+        self.start_dims: int | None = None
         self._certificate = Certificate(drift_policy)
         self._check_settings()
         self.steps_sampling = None if steps_sampling is None else dict(steps_sampling)

@@ -209,13 +209,13 @@ def _checkpoint_layer(checkpoint_function: Callable | None, forward: partial, *a
     return checkpoint_function(forward, *args)
 
 
-MOVERS = ("torch.distributed", "deepspeed", "accelerate", "transformers")
+MOVERS = ("torch.distributed.", "deepspeed.", "accelerate.", "transformers.")  # not "transformers_modules.", which are users'
 
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether it has hooks that may do something with what it returns: other than those of `MOVERS`, or with an attribute `only_looks`."""
     hooks = (*module._forward_hooks.values(), *module._backward_hooks.values(), *module._backward_pre_hooks.values())
-    own = [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith(MOVERS)]
+    own = [hook for hook in hooks if not f"{getattr(hook, '__module__', '')}.".startswith(MOVERS)]
     return not all(getattr(hook, "only_looks", False) for hook in own)
 
 

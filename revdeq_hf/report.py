@@ -74,11 +74,9 @@ def plot_runs(runs: Sequence[Run], path: "str | os.PathLike") -> None:
 
     Of one run the curves of a panel have colours of their own, of several each run has one colour.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
     loss, residual, steps, drift, speed, convergence = figure.subplots(2, 3).flat
     several = len(runs) > 1
 

@@ -219,6 +219,15 @@ def test_hooks_of_the_head_see_logits():
     torch.testing.assert_close(losses[None], model.eval()(IDS, labels=IDS).loss)
     hook.remove()
     assert model.train()(IDS, labels=IDS).logits is None
+    for origin, moves in (("torch.distributed.fsdp", True), ("accelerate", True), ("transformers_modules.mine", False), (None, False)):
+
+        def looking(module, inputs, logits):
+            return None
+
+        looking.__module__ = origin
+        hook = model.lm_head.register_forward_hook(looking)
+        assert (model(IDS, labels=IDS).logits is None) == moves
+        hook.remove()
 
 
 def test_peak_memory_without_logits():

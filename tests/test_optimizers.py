@@ -56,21 +56,29 @@ def test_matrices_of_the_body_are_muons_and_each_parameter_has_one_place():
     assert len(held) == len({id(parameter) for parameter in held}) == sum(p.requires_grad for p in model.parameters())
 
 
-def test_heads_are_adamws_whatever_the_model_is_wrapped_in():
-    class Wrapped(torch.nn.parallel.DistributedDataParallel):
-        def __init__(self, module):  # without a process group
-            torch.nn.Module.__init__(self)
-            self.module = module
+class Wrapped(torch.nn.parallel.DistributedDataParallel):
+    def __init__(self, module):  # without a process group
+        torch.nn.Module.__init__(self)
+        self.module = module
 
-    peft = pytest.importorskip("peft")
-    adapters = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2)
-    for wrap in (Wrapped, lambda model: peft.get_peft_model(model, adapters), lambda model: Wrapped(peft.get_peft_model(model, adapters))):
-        model = wrap(looped())
-        optimizer = MuonAdamW(model, 1e-3, 1e-2)
-        assert not any("lm_head" in name for name in names(model, optimizer.muon.param_groups[0]["params"]))
-        assert any("lm_head" in name for name in names(model, optimizer.adamw.param_groups[0]["params"]))
-    own = torch.nn.ModuleDict({"module": torch.nn.Linear(3, 3), "other": torch.nn.Linear(3, 3)})  # no wrapper, by whatever name
-    assert len(MuonAdamW(own, 1e-3, 1e-2).muon.param_groups[0]["params"]) == 2
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("distributed", [False, True])
+def test_heads_are_adamws_whatever_the_model_is_wrapped_in(adapted, distributed):
+    model = looped()
+    if adapted:
+        peft = pytest.importorskip("peft", reason="needs peft: pip install 'revdeq_hf[finetune]'")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2))
+    if distributed:
+        model = Wrapped(model)
+    optimizer = MuonAdamW(model, 1e-3, 1e-2)
+    assert not any("lm_head" in name for name in names(model, optimizer.muon.param_groups[0]["params"]))
+    assert any("lm_head" in name for name in names(model, optimizer.adamw.param_groups[0]["params"]))
+
+
+def test_an_attribute_named_module_is_no_wrapper():
+    model = torch.nn.ModuleDict({"module": torch.nn.Linear(3, 3), "other": torch.nn.Linear(3, 3)})
+    assert len(MuonAdamW(model, 1e-3, 1e-2).muon.param_groups[0]["params"]) == 2
 
 
 def test_updates_are_those_of_torchs_two():

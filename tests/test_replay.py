@@ -347,17 +347,7 @@ def test_a_buffer_that_evaluations_change_and_nothing_reads_is_no_matter(gradien
 @pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "implicit"])
 def test_a_replay_leaves_no_trace_for_other_solves(gradient, first):
     """One solve moves the buffers of a spectral norm, the other does not; either may be gone back through first."""
-    block = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))
-
-    class Normed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = block
-
-        def forward(self, z, x):
-            return torch.tanh(0.5 * self.inner(z) + x)
-
-    layer = ReversibleFixedPoint(Normed(), max_steps=3, gradient=gradient, drift_policy="raise")
+    layer = ReversibleFixedPoint(Parametrised("spectral norm"), max_steps=3, gradient=gradient, drift_policy="raise")
     x = torch.randn(4, 6)
     losses = [layer.train(training)(x).z.square().sum() for training in (True, False)]
     losses[first].backward()

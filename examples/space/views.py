@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
@@ -220,7 +219,6 @@ def _legend(low: str, what: str, high: str) -> str:
 def _figure(height: float, width: float = 5.0) -> Figure:
     """A figure whose labels can be read where it is as narrow as a telephone."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 
