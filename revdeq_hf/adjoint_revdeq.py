@@ -96,6 +96,10 @@ class Solve:
         self.residual: torch.Tensor | None = None
         self.clamped = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.nonfinite = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self._reaches: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # greatest and least values of rows that `_count` has not looked at yet,
+        self._whose: list[Any] = []  # and which rows were active then
         self._present: torch.Tensor | None = None  # indices of the rows still here, None: all
         self._left: list[tuple[torch.Tensor, State, list[torch.Tensor]]] = []  # of rows that are finished: indices, z, figures
 
@@ -142,7 +146,8 @@ class Solve:
         z_values = self.values(z, self.phase)
         if z0 is not None:
             for tensor in z0:
-                self._count(tensor.detach(), self.resolution.state_limit)
+                self._note(tensor.detach(), self.resolution.state_limit)
+            self._count(self.resolution.state_limit)
             if differentiable:
                 z_values = tuple(with_value(a, b) for a, b in zip(z0, z_values, strict=True))
         y_values = z_values
@@ -157,13 +162,15 @@ class Solve:
             return tuple(_Relax.apply(a, b, c, *both) for a, b, c, both in zip(old, f, new, factors, strict=True))
 
         def advance(states: list[ExactState], f: State, phase: int) -> None:
-            for state, part in zip(states, f, strict=True):
-                self._count(part.detach(), limit)
-                state.advance(part.detach(), phase, self.active)
+            values = tuple(part.detach() for part in f) if differentiable else f
+            for state, part in zip(states, values, strict=True):
+                self._note(part, limit)
+                state.advance(part, phase, self.active)
 
         for step in range(self.max_steps):
             self.entered, phase = step + 1, step % segment
             if step and phase == 0:
+                self._count(limit)
                 for state in (*y, *z):
                     state.spill(self.active)
                 self.phase = 0 if self.active is None else torch.where(self.active, 0, self.phase)
@@ -188,10 +195,12 @@ class Solve:
             advance(z, f, phase)
             z_values = renew(z, z_values, f)
             if self.record:
+                self._count(limit)
                 self.trajectory.append(self.poisoned(z_values))
             self.taken = step + 1
             if self.steps is not None and self.active is not None:
                 self.steps = self.steps + self.active
+        self._count(limit)
         self.evaluations = 2 * self.taken + (self.entered > self.taken)
         return self.poisoned(self._reunite(z_values))
 
@@ -211,6 +220,7 @@ class Solve:
         Makes the host wait for the indices, at most once each time that a quarter of the rows has finished.
         """
         assert self.active is not None
+        self._count(self.resolution.value_limit)
         going, staying = (~self.active).nonzero().squeeze(1), self.active.nonzero().squeeze(1)
         present = torch.arange(len(self.active), device=self.active.device) if self._present is None else self._present
         self._left.append((present[going], tuple(part[going] for part in values[-1]), [figure[going] for figure in self._figures()]))
@@ -255,17 +265,30 @@ class Solve:
         gain = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, r.beta)
         return keep, gain
 
-    def _count(self, values: torch.Tensor, limit: float) -> None:
+    def _note(self, values: torch.Tensor, limit: float) -> None:
+        """Notes how far the values of each row reach; `_count`, by the end of the segment, compares it with the limit."""
         if not values.numel():
             return
-        values = rows(values, self.row_dims)
-        # on the CPU much faster than aminmax, or abs and amax, or the maximum norm; few operations, since for one token each costs as much as any
-        greatest = torch.maximum(values.amax(-1), values.amin(-1).neg_())
-        nonfinite, outside = ~(greatest < torch.inf), greatest > limit
+        within = tuple(range(self.row_dims, values.dim()))
+        # on the CPU much faster than aminmax, or abs and amax, or the maximum norm
+        self._reaches.append((values.amax(within), values.amin(within)) if within else (values, values))
+        self._whose.append(self.active)
+        if not within:  # what is noted is as large as the state
+            self._count(limit)
+
+    def _count(self, limit: float) -> None:
+        """Counts the evaluations noted, all at once: for one token each operation costs as much as any."""
+        if not self._reaches:
+            return
+        greatest, least = map(torch.stack, zip(*self._reaches, strict=True))
+        reach = torch.maximum(greatest, least.neg_())
+        nonfinite, outside = ~(reach < torch.inf), reach > limit
         if self.active is not None:
-            nonfinite, outside = nonfinite & self.active, outside & self.active
-        self.nonfinite += nonfinite
-        self.clamped += outside & ~nonfinite
+            active = torch.stack(self._whose)
+            nonfinite, outside = nonfinite & active, outside & active
+        self.nonfinite += nonfinite.sum(0)
+        self.clamped += (outside & ~nonfinite).sum(0)
+        self._reaches, self._whose = [], []
 
     def _measure(self, f: State, z: State) -> None:
         """Residuals of the rows still active, which cease to be where they meet `tol`."""

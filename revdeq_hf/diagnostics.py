@@ -133,7 +133,7 @@ def diagnose(module: nn.Module, *args: Any, power_iterations: int = 40, **kwargs
         torch.device("cpu"),
     )
     generators = generator_states(device)
-    buffers = kept_buffers(module)
+    buffers = kept_buffers(module.modules())
     try:
         with torch.enable_grad():  # a model that keeps a cache does so without gradients only, and its evaluations could not be repeated
             module(*args, **kwargs)
@@ -211,7 +211,7 @@ def _diagnose_layer(module: nn.Module, layer: ReversibleFixedPoint, given: tuple
     settings |= {"output_trajectory": True, "num_restarts": 1}  # of several start states the first
     settings["max_steps"] = settings.get("max_steps") or layer.max_steps  # a number, so that none is drawn
     device = tree_leaves(x)[0].device
-    generators, buffers = generator_states(device), kept_buffers(layer)
+    generators, buffers = generator_states(device), kept_buffers(layer.modules())
     with torch.enable_grad():
         solution = layer(x, *context, **settings, **named)
         is_tuple = isinstance(solution.z, tuple)

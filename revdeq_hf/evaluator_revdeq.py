@@ -27,6 +27,8 @@ class _Slot:
 def _map_leaves(act: Callable[[Any], Any], tree: Any) -> Any:
     """`tree` with `act` done to what plain tuples, lists and dicts, named tuples and ordered dicts hold. Not torch's pytree, which would take caches apart,
     whose copies the block would write to."""
+    if not isinstance(tree, (tuple, list, dict)):
+        return act(tree)
     kind = type(tree)
     if kind in (tuple, list):
         return kind(_map_leaves(act, item) for item in tree)
@@ -136,13 +138,12 @@ def _version_of(tensor: torch.Tensor) -> int:
     return tensor._version - getattr(tensor, "_taken_back", 0)
 
 
-def kept_buffers(module: nn.Module, training: bool = False) -> list[KeptBuffer]:
-    """The buffers of a module and of what it holds; with `training` of what is in training mode alone."""
+def kept_buffers(modules: Iterable[nn.Module]) -> list[KeptBuffer]:
+    """The buffers of the modules themselves."""
     return [
-        KeptBuffer(part, name)
-        for part in module.modules()
-        if part.training or not training
-        for name, buffer in part._buffers.items()
+        KeptBuffer(module, name)
+        for module in modules
+        for name, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_inference()
     ]
 
@@ -243,6 +244,7 @@ class Evaluator:
         damping: share of the state in each value: `damping z + (1 - damping) f(z)`, which has the block's fixed points.
 
     Attributes:
+        modules: the block and all that it holds.
         unfollowed: set it where gradients are on and nothing that the block is known to use wants one: the first evaluation then looks, with a graph, for what
             it uses beside that.
     """
@@ -259,9 +261,10 @@ class Evaluator:
         self.device = state[0].device
         self.random = False
         self._changed: list[KeptBuffer] = []  # buffers that an evaluation changes, as they were before it
-        self._modes: list[tuple[nn.Module, bool]] = []  # which modules train
+        self.modules = list(block.modules())
+        self._modes: list[bool] = []  # which modules train
         self._steady: list[SteadyBuffer] = []
-        self.compiled = any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in block.modules())
+        self.compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.modules)
         self._generators: list[torch.Tensor] | None = None
         self.unfollowed = False
         self._doubted = False  # whether it must still be found out who has drawn random numbers
@@ -312,12 +315,12 @@ class Evaluator:
     def _first(self, call: Callable[[], Any], inputs: list[torch.Tensor]) -> State:
         """The first evaluation of a solve, which shows what the block draws and changes."""
         self._generators = generator_states(self.device)
-        buffers = kept_buffers(self.block, training=True)
+        self._modes = [module.training for module in self.modules]
+        buffers = kept_buffers(itertools.compress(self.modules, self._modes))
         self._changed = buffers  # all of them, for the case that the block raises
-        self._modes = [(module, module.training) for module in self.block.modules()]
         self._steady = [
             SteadyBuffer(module, name, buffer)
-            for module, _ in self._modes
+            for module in self.modules
             for name, buffer in module._buffers.items()
             if buffer is not None and not buffer.is_inference()
         ]
@@ -328,7 +331,7 @@ class Evaluator:
         self._keep_steady()
         moved = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
         # where nothing trains it may have been another thread, whose numbers must not be drawn twice
-        quiet = not (self.compiled or torch.is_grad_enabled() or any(m.training for m in self.block.modules()))
+        quiet = not (self.compiled or torch.is_grad_enabled() or any(self._modes))
         # one more call of the block would go on to the next slot of a cache, and a model that decodes in eval mode draws nothing
         cached = any(hasattr(value, "next_evaluation") for value in self.template[2].values())
         self._doubted = moved and quiet and not cached
@@ -375,16 +378,19 @@ class Evaluator:
                 )
         return tuple(value.to(self.dtype) for value in values)
 
-    @contextlib.contextmanager
-    def precision(self) -> Iterator[None]:
+    def precision(self) -> contextlib.AbstractContextManager:
         """The forward pass's autocast, without its cache of cast weights: the cache would hand weights cast without a graph to an evaluation
         that needs one, and makes autograd add up the gradients of all evaluations in half precision."""
+        unlike = [kind for kind in self._without_autocast if torch.is_autocast_enabled(kind)]  # around the backward pass alone
+        return self._casting(unlike) if self.autocast or unlike else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _casting(self, unlike: list[str]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for kind, dtype in self.autocast.items():
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
-            for kind in self._without_autocast:
-                if torch.is_autocast_enabled(kind):  # around the backward pass alone
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+            for kind in unlike:
+                stack.enter_context(torch.autocast(kind, enabled=False))
             yield
 
     def replay(self, alike: bool = False) -> "_Replay":
@@ -421,7 +427,7 @@ class _Replay:
                 if buffer.replaced and buffer.name in buffer.module._buffers:
                     stack.callback(buffer.module._buffers.__setitem__, buffer.name, buffer.module._buffers[buffer.name])
                     buffer.module._buffers[buffer.name] = buffer.tensor
-            for module, training in evaluator._modes:
+            for module, training in zip(evaluator.modules, evaluator._modes, strict=False):  # a trace has not looked
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
                     module.training = training

@@ -341,7 +341,6 @@ class ReversibleFixedPoint(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._check_settings()
-            refuse_uninitialised(self.block)
         if num_restarts is not None:
             _check_restarts(num_restarts, self.initial_scale)
         restarts = self.num_restarts if num_restarts is None else num_restarts
@@ -423,8 +422,6 @@ class ReversibleFixedPoint(nn.Module):
         if measure_mask is not None:
             _check_measure_mask(measure_mask, state)
         within_rows, counting = (measure_mask, None) if self.row_dims == 1 else (None, measure_mask)
-        refuse_training_batchnorm(self.block)
-        refuse_cached_parametrizations(self.block)
         if max_steps is not None:
             steps = check_steps(max_steps)
         elif self.draws_steps:
@@ -435,7 +432,12 @@ class ReversibleFixedPoint(nn.Module):
         tol = self.tol if tol is None else _check_tol(tol)
         is_tuple = isinstance(x if z0 is None else z0, tuple)
         evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, self.damping)
-        refuse_function_transforms(itertools.chain(state, evaluator.tensors, self.block.parameters()))
+        parameters = [p for module in evaluator.modules for p in module._parameters.values() if p is not None]
+        if not torch.compiler.is_compiling():
+            refuse_uninitialised(parameters, self.block)
+        refuse_training_batchnorm(evaluator.modules)
+        refuse_cached_parametrizations(evaluator.modules)
+        refuse_function_transforms(itertools.chain(state, evaluator.tensors, parameters))
         start = None if z0 is None else state
         # what autograd follows by itself need not be among the arguments: keys in a cache, for example
         wants_gradient = torch.is_grad_enabled() and (
@@ -600,29 +602,29 @@ def _check_combination(gradient: str, solver: str) -> None:
     raise ValueError(f"gradient={gradient!r} cannot go with solver={solver!r}; use gradient={allowed}, or solver='reversible'")
 
 
-def refuse_uninitialised(block: nn.Module) -> None:
+def refuse_uninitialised(parameters: Iterable[nn.Parameter], block: nn.Module) -> None:
     """Raises RuntimeError for lazy modules that have not seen an input yet: they would change their parameters within the solve."""
-    for name, parameter in block.named_parameters():
-        if is_lazy(parameter):
-            raise RuntimeError(
-                f"the block's parameter {name!r} has no shape yet (a lazy module), and would get it within the solve; call the block once before: "
-                "with torch.no_grad(): layer.block(z, x)"
-            )
+    if any(map(is_lazy, parameters)):
+        names = [name for name, parameter in block.named_parameters() if is_lazy(parameter)]
+        raise RuntimeError(
+            f"the block's parameter {names[0]!r} has no shape yet (a lazy module), and would get it within the solve; call the block once before: "
+            "with torch.no_grad(): layer.block(z, x)"
+        )
 
 
-def refuse_training_batchnorm(block: nn.Module) -> None:
-    """Raises ValueError if the block holds batch normalisation in training mode: its statistics couple the examples and change at every call."""
-    for name, module in block.named_modules():
+def refuse_training_batchnorm(modules: Iterable[nn.Module]) -> None:
+    """Raises ValueError for batch normalisation in training mode: its statistics couple the examples and change at every call."""
+    for module in modules:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ValueError(
-                f"the block holds {type(module).__name__} ({name!r}) in training mode, whose statistics change at every evaluation, so that f is "
+                f"the block holds {module} in training mode, whose statistics change at every evaluation, so that f is "
                 "not one map and cannot be reversed; use GroupNorm, LayerNorm or RMSNorm inside the block, put BatchNorm outside, or call .eval() on it"
             )
 
 
-def refuse_cached_parametrizations(block: nn.Module) -> None:
+def refuse_cached_parametrizations(modules: Iterable[nn.Module]) -> None:
     """Raises RuntimeError for parametrised weights inside `torch.nn.utils.parametrize.cached()`: cached without a graph, they would lose their gradients."""
-    if parametrize._cache_enabled and torch.is_grad_enabled() and any(parametrize.is_parametrized(module) for module in block.modules()):
+    if parametrize._cache_enabled and torch.is_grad_enabled() and any(map(parametrize.is_parametrized, modules)):
         raise RuntimeError(
             "the block has parametrised weights and the solve runs inside torch.nn.utils.parametrize.cached(), whose cache holds them with or without a "
             "graph as it happens; leave the cached() region for the solve"

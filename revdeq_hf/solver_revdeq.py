@@ -154,10 +154,10 @@ def divide(number: torch.Tensor, base: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _row_blocks(tensor: torch.Tensor) -> list[slice]:
-    """Slices of the first dimension, of about as many elements as there shall be room for."""
+    """Slices of the first dimension, of about as many elements as there shall be room for; none where the whole is no more than that."""
     block = BLOCKS.get(tensor.device.type, BLOCK)
     if torch.compiler.is_compiling() or tensor.numel() <= block:
-        return [slice(None)]
+        return []
     count = len(tensor)
     each = max(1, block * count // tensor.numel())
     return [slice(start, start + each) for start in range(0, count, each)]
@@ -355,13 +355,16 @@ class ExactState:
             if self._scratch.fused:
                 return compiled(read)(self.integers, spacing, dtype)
             return self.integers.to(wide).mul_(spacing).to(dtype)
-        return self.integers.to(wide).mul_(self.resolution.spacing(phase)).to(dtype)
+        spacing = self.resolution.spacing(phase)
+        # a whole number times a Python float is of torch's default dtype: one operation where that is the one wanted, with the same bits
+        floats = self.integers * spacing if torch.get_default_dtype() == wide else self.integers.to(wide).mul_(spacing)
+        return floats.to(dtype)
 
     def increment(self, f: torch.Tensor) -> torch.Tensor:
         """`q = round(beta f 2^F)` as int64, f clamped to the value limit and NaN taken as 0 (the caller tells). Valid until the next call."""
         r = self.resolution
         wide, q = self._scratch.tensors(f)
-        wide.copy_(f).nan_to_num_(nan=0.0, posinf=r.value_limit, neginf=-r.value_limit).clamp_(-r.value_limit, r.value_limit)
+        torch.clamp(f if f.dtype == wide.dtype else wide.copy_(f), -r.value_limit, r.value_limit, out=wide).nan_to_num_(nan=0.0)
         return q.copy_(wide.mul_(r.beta * 2.0**r.fraction_bits).round_())
 
     def advance(self, f: torch.Tensor, phase: int, active: torch.Tensor | None = None) -> None:
@@ -379,11 +382,17 @@ class ExactState:
             rows = None if active is None else per_row(active, f)
             compiled(accumulate)(self.integers, f, gain, limit, sign * scales[phase], rows)
             return
-        for part in _row_blocks(f):
-            q = self.increment(f[part])
-            if active is not None:
-                q.mul_(per_row(active[part], q))
-            self.integers[part].add_(q, alpha=sign * self.resolution.scale(phase))
+        factor = sign * self.resolution.scale(phase)
+        if not (blocks := _row_blocks(f)):
+            self._add_rows(self.integers, f, factor, active)
+        for part in blocks:
+            self._add_rows(self.integers[part], f[part], factor, None if active is None else active[part])
+
+    def _add_rows(self, integers: torch.Tensor, f: torch.Tensor, factor: int, active: torch.Tensor | None) -> None:
+        q = self.increment(f)
+        if active is not None:
+            q.mul_(per_row(active, q))
+        integers.add_(q, alpha=factor)
 
     def keep(self, rows: torch.Tensor, scratch: Scratch) -> None:
         """Drops all rows but those of these indices; for states that are not to be reversed."""
