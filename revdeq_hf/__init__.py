@@ -3,6 +3,7 @@
 Importing the package registers its models with transformers' Auto classes.
 """
 
+from .cache_revdeq import EvaluationSlots
 from .certificate_revdeq import DriftError
 from .configuration_revdeq import RevDEQConfig, RevDEQVisionConfig
 from .convergence import ResidualLoss
@@ -28,6 +29,7 @@ from .modeling_revdeq_vision import (
 __all__ = [
     "Diagnosis",
     "DriftError",
+    "EvaluationSlots",
     "FixedPointSolution",
     "LogitLens",
     "ResidualLoss",

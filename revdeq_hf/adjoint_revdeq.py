@@ -182,8 +182,8 @@ class Solve:
                     # the one host synchronisation a step, with tol only; a plan of memory answers "any" as if no row had met it
                     staying = int(self.active.sum()) if compact else bool(self.active.any())
                     if not staying:
-                        if differentiable and step == 0:  # nothing was done: gradients are zero, but there are some
-                            z_values = tuple(_Relax.apply(part, None, value, 0.0, None) for part, value in zip(f, z_values, strict=True))
+                        if differentiable and step == 0:  # nothing was done: what is not the start's gradient is zero, but there is some
+                            z_values = tuple(_Relax.apply(value, part, value, 1.0, 0.0) for part, value in zip(f, z_values, strict=True))
                         break
                     if compact and not self.evaluator.random and staying <= STAYING * len(self.active):
                         f, y_values, z_values = self._part_with_finished(y, z, f, y_values, z_values)
@@ -378,7 +378,9 @@ class _Reversible(torch.autograd.Function):
         evaluator.tensors = []  # from here on they are the saved ones
         ctx.solve, ctx.kept, ctx.certificate = solve, kept, certificate
         ctx.end, ctx.z0_count, ctx.parameters = end, z0_count, tensors[end:]
-        return out
+        ctx.set_materialize_grads(False)  # of states on the way most have none
+        states, solve.trajectory = solve.trajectory, []  # the solve is kept with the graph, which these will hold
+        return (*out, *(part for state in states for part in state))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -418,7 +420,7 @@ class _Reversible(torch.autograd.Function):
             nonlocal argument_sums
             evaluation = kept.pop() if kept else evaluate_with_graph(evaluator, solve.values(still, phase), leaves)
             if number == 2 * solve.taken - 1:  # the first one met: all are of one map
-                refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves, *ctx.parameters))
+                refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves), ctx.parameters)
             inputs = [leaf for leaf, need in zip(evaluation.leaves, argument_needed, strict=True) if need]
             outputs, seeds = [], []
             with torch.enable_grad():
@@ -439,12 +441,16 @@ class _Reversible(torch.autograd.Function):
                 state.retreat(part, number // 2 % segment, active)
             return found[: len(still)]
 
-        gz = solve.poisoned(gradients)  # zeros where nothing came: torch fills them in
+        at_steps = _grouped(gradients, len(evaluator.shapes))  # of what was returned, then of the states after each step
+        zeros = (torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) for shape in evaluator.shapes)
+        gz = solve.poisoned(tuple(zero if g is None else g for g, zero in zip(at_steps[0], zeros, strict=True)))
         gy = tuple(torch.zeros_like(g) for g in gz)
         phase = solve.phase
         with evaluator.replay(), without_hooks(parameters):
             for step in reversed(range(solve.entered)):
                 if step < solve.taken:
+                    if len(at_steps) > 1:
+                        gz = tuple(g if more is None else g + more for g, more in zip(gz, at_steps[step + 1], strict=True))
                     active = None if solve.steps is None else solve.steps > step
                     before = phase - 1 if active is None else phase - active.long()
                     factors = [solve.coefficients(active, g) for g in gz]
@@ -469,6 +475,10 @@ class _Reversible(torch.autograd.Function):
         found = iter((*argument_sums, *parameter_sums.totals))
         for_start = [g if need else None for g, need in zip(gz, needed[: ctx.z0_count], strict=False)]
         return None, None, None, None, *for_start, *(next(found) if need else None for need in needed[ctx.z0_count :])
+
+
+def _grouped(tensors: Sequence, size: int) -> list[tuple]:
+    return [tuple(tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
 
 def _unpack(packings: list[Digits], exact: "Sequence[torch.Tensor]", solve: Solve) -> tuple[list[ExactState], list[ExactState]]:
@@ -557,11 +567,13 @@ def solve_plain(solve: Solve, z0: State | None) -> State:
     return out
 
 
-def solve_reversible(solve: Solve, z0: State | None, keep: int, certificate: Any) -> State:
-    """With exact gradients by reversal. Cost: 2N evaluations forward and 2N - keep backward."""
+def solve_reversible(solve: Solve, z0: State | None, keep: int, certificate: Any) -> tuple[State, list[State]]:
+    """With exact gradients by reversal, of the recorded states, too. Cost: 2N evaluations forward and 2N - keep backward."""
     evaluator = solve.evaluator
     start = z0 or ()
-    return _Reversible.apply(solve, keep, certificate, len(start), *start, *evaluator.tensors, *trainable_parameters(evaluator.block))
+    found = _Reversible.apply(solve, keep, certificate, len(start), *start, *evaluator.tensors, *trainable_parameters(evaluator.block))
+    z, *states = _grouped(found, len(evaluator.shapes))
+    return z, states
 
 
 def stored_evaluation(evaluator: Evaluator, recompute_before: int) -> Callable[[State, int], State]:

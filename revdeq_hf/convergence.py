@@ -49,12 +49,14 @@ class ResidualLoss:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = fixed_point_layers(model)
+        layers = [layer for _, layer in fixed_point_layers(model)]
+        within = {module for layer in layers for module in layer.block.modules()}  # a solve within a solve is part of a block
+        layers = [layer for layer in layers if layer not in within]
         if not layers:
             raise ValueError(f"{type(model).__name__} has no ReversibleFixedPoint, whose residual could be measured")
         self._model = model
         self._measured: list[torch.Tensor] = []
-        self._hooks = [layer.register_forward_hook(_Hook(self._measure), with_kwargs=True) for _, layer in layers]
+        self._hooks = [layer.register_forward_hook(_Hook(self._measure), with_kwargs=True) for layer in layers]
         self._hooks.append(model.register_forward_pre_hook(_Hook(self._begin)))
 
     def __call__(self) -> torch.Tensor:

@@ -27,9 +27,9 @@ class _Slot:
 def _map_leaves(act: Callable[[Any], Any], tree: Any) -> Any:
     """`tree` with `act` done to what plain tuples, lists and dicts, named tuples and ordered dicts hold. Not torch's pytree, which would take caches apart,
     whose copies the block would write to."""
-    if not isinstance(tree, (tuple, list, dict)):
-        return act(tree)
     kind = type(tree)
+    if not issubclass(kind, tuple | list | dict):  # as most are
+        return act(tree)
     if kind in (tuple, list):
         return kind(_map_leaves(act, item) for item in tree)
     if kind in (dict, OrderedDict):
@@ -325,6 +325,11 @@ class Evaluator:
             if buffer is not None and not buffer.is_inference()
         ]
         versions = [t._version for t in inputs]
+        _, context, kwargs = self.template
+        caches = [
+            value for value in (*context, *kwargs.values()) if hasattr(value, "get_seq_length") and not hasattr(value, "next_evaluation")
+        ]
+        lengths = [int(cache.get_seq_length()) for cache in caches]
         with same_convolutions(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or self.unfollowed):
             out = call()
         self._changed = [buffer for buffer in buffers if buffer.moved]
@@ -341,9 +346,14 @@ class Evaluator:
                 "the block changes one of its inputs in place, so a second evaluation would meet another map; "
                 "use out-of-place operations on z, x and the context (z + x, not z.add_(x))"
             )
+        if any(int(cache.get_seq_length()) != length for cache, length in zip(caches, lengths, strict=True)):
+            raise ValueError(
+                f"the block wrote to a {type(caches[0]).__name__}, as every evaluation would, and the next one would attend to what this one wrote; they need "
+                "slots of their own: past_key_values=revdeq_hf.EvaluationSlots(cache, 0, layers), and a new cache in place of this one"
+            )
         values = self._checked(out)
         if self.unfollowed:
-            refuse_hidden_inputs(values, ())
+            refuse_hidden_inputs(values, (), ())
             values = tuple(value.detach() for value in values)
         return values
 
@@ -462,7 +472,7 @@ class Evaluation:
 def evaluate_with_graph(evaluator: Evaluator, state: State, leaves: list[torch.Tensor]) -> Evaluation:
     """The autocast covers the evaluation only: derivatives are computed outside it, as they are everywhere else."""
     with torch.enable_grad(), evaluator.precision():
-        state = tuple(_alias(part.detach().requires_grad_()) for part in state)
+        state = tuple(_alias(root) for root in as_leaves(state, [True] * len(state)))
         leaves = [_alias(leaf) if leaf.requires_grad else leaf for leaf in leaves]
         return Evaluation(state, leaves, evaluator(state, leaves))
 
@@ -473,25 +483,50 @@ def _alias(leaf: torch.Tensor) -> torch.Tensor:
 
 
 def as_leaves(tensors: Iterable[torch.Tensor], needed: Iterable[bool]) -> list[torch.Tensor]:
-    """Tensors that share memory with `tensors` and begin a graph of their own, requiring grad where it is needed."""
-    return [t.detach().requires_grad_() if need else t.detach() for t, need in zip(tensors, needed, strict=True)]
+    """Tensors that share memory with `tensors` and begin a graph of their own, requiring grad where it is needed.
+
+    Derivatives are asked for by aliases of them, so a gradient that arrives at one comes from a tensor that the block has stored, and would go no further.
+    """
+    leaves = [t.detach().requires_grad_() if need else t.detach() for t, need in zip(tensors, needed, strict=True)]
+    for leaf in leaves:
+        if leaf.requires_grad and leaf.layout == torch.strided:
+            leaf.register_hook(_refuse_stored)
+    return leaves
 
 
-def refuse_hidden_inputs(outputs: Iterable[torch.Tensor], known: Iterable[torch.Tensor]) -> None:
-    """Follows the graph of an evaluation to its leaves; raises RuntimeError where one is not `known` and would silently get no gradient."""
-    numbers = {id(part) for tensor in known for part in (tensor, tensor._base)}  # an alias, and the leaf that it is of
-    todo = [part.grad_fn for part in outputs if part.grad_fn is not None]
-    seen = set(todo)
+def _refuse_stored(gradient: torch.Tensor) -> None:
+    raise RuntimeError(
+        "a tensor that the block stored in one of its evaluations (an auxiliary loss?) is differentiated, and its gradient would end at that evaluation. "
+        "Return it as part of the state; or call the block once more after the solve, solution = layer(x); layer.block(solution.z, x), and take it from "
+        "there, which is exact; or use gradient='backprop'"
+    )
+
+
+def refuse_hidden_inputs(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor]) -> None:
+    """Follows the graph of an evaluation back to its `inputs` (those of `Evaluation`) and the block's parameters; raises RuntimeError where it comes to another
+    leaf, which would silently get no gradient, or to what was computed before the evaluation, whose gradient would be that of this evaluation alone."""
+    inputs = list(inputs)
+    known = {id(tensor) for tensor in (*inputs, *parameters)}
+    seen = {alias.grad_fn for alias in inputs if alias.grad_fn is not None}
+    began = min((node._sequence_nr() for node in seen), default=0)  # a count of each thread
+    todo = [part.grad_fn for part in outputs if part.grad_fn is not None and part.grad_fn not in seen]
+    seen.update(todo)
     while todo:
         node = todo.pop()
         foreign = getattr(node, "variable", None)
-        if foreign is not None and id(foreign) not in numbers:
+        if foreign is not None and id(foreign) not in known:
             raise RuntimeError(
                 f"the block uses a tensor of shape {tuple(foreign.shape)} that requires grad and is neither one of its parameters nor one of "
                 "its arguments, so this gradient mode cannot give it a gradient; "
                 "pass it to the layer as a context argument (a tensor, or in tuples, lists and dicts; dict(x) of a BatchEncoding, in which nothing is "
                 "looked for), register it as a parameter of the block, or use "
                 "gradient='backprop'. nn.DataParallel and FSDP inside the solve hide parameters so: use torchrun with DDP, or shard the layer as a whole"
+            )
+        if foreign is None and node._sequence_nr() < began:
+            raise RuntimeError(
+                f"the block uses something that requires grad and was computed before this evaluation ({node.name()}): outside of the solve, or in an earlier "
+                "evaluation and kept. This gradient mode would give it the gradient of a part of the evaluations; compute it in the block at every evaluation, "
+                "or before the solve and pass it to the layer as a context argument, or use gradient='backprop'"
             )
         for following, _ in node.next_functions:
             if following is not None and following not in seen:

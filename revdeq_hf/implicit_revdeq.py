@@ -136,7 +136,7 @@ class _Implicit(torch.autograd.Function):
         g = flatten(gradients)
         with evaluator.replay(alike=True):
             evaluation = evaluate_with_graph(evaluator, z, leaves)
-        refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves, *ctx.parameters))
+        refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves), ctx.parameters)
         outputs = [part for part in evaluation.f if part.requires_grad]
         chosen = [part.requires_grad for part in evaluation.f]
 

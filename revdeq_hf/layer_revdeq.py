@@ -479,17 +479,17 @@ class ReversibleFixedPoint(nn.Module):
             seed = int(torch.randint(2**62, (), device="cpu")) if noise else 0
             solve = Solve(evaluator, self.beta, steps, tol, self.row_dims, record, noise, seed, measure_mask)
             if not follow:
-                z = solve_plain(solve, start)
+                z, states = solve_plain(solve, start), solve.trajectory
             elif mode == "reversible":
                 self._certificate.open()
-                z = solve_reversible(solve, start, min(self.keep_evaluations, 2 * steps), self._certificate)
+                z, states = solve_reversible(solve, start, min(self.keep_evaluations, 2 * steps), self._certificate)
             else:
-                z = solve_stored(solve, start, recompute_before)
+                z, states = solve_stored(solve, start, recompute_before), solve.trajectory
             taken = solve.steps
             if taken is None:
                 taken = torch.full(solve.rows, steps, dtype=torch.int64, device=evaluator.device)
             statistics = SolveStatistics(taken, solve.residual, solve.evaluations, evaluator.shapes, solve.clamped, solve.nonfinite)
-            states, residuals = solve.trajectory, solve.step_residuals
+            residuals = solve.step_residuals
             if not torch.compiler.is_compiling():
                 self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:

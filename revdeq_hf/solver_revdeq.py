@@ -355,9 +355,9 @@ class ExactState:
             if self._scratch.fused:
                 return compiled(read)(self.integers, spacing, dtype)
             return self.integers.to(wide).mul_(spacing).to(dtype)
-        spacing = self.resolution.spacing(phase)
+        unit = self.resolution.spacing(phase)
         # a whole number times a Python float is of torch's default dtype: one operation where that is the one wanted, with the same bits
-        floats = self.integers * spacing if torch.get_default_dtype() == wide else self.integers.to(wide).mul_(spacing)
+        floats = self.integers * unit if torch.get_default_dtype() == wide else self.integers.to(wide).mul_(unit)
         return floats.to(dtype)
 
     def increment(self, f: torch.Tensor) -> torch.Tensor:

@@ -269,11 +269,49 @@ def test_trajectory(gradient, tol):
     assert solution.step_residuals.shape == (taken + (taken < 6), 3)
     assert torch.equal(solution.step_residuals[-1], solution.residual)
     assert layer(x).trajectory is None
-    differentiable = gradient in ("checkpoint", "backprop")
+    differentiable = gradient != "implicit"
     assert solution.trajectory[0].requires_grad == differentiable
     if differentiable:
         got = torch.autograd.grad(solution.trajectory[1].sum(), block.up.weight)[0]
         assert torch.equal(got, torch.autograd.grad(layer(x, max_steps=2).z.sum(), block.up.weight)[0])
+
+
+@pytest.mark.parametrize("kind", ["attention", "pair"])
+@pytest.mark.parametrize(("tol", "with_z"), [(None, False), (0.02, True)])
+def test_law_1_states_on_the_way_have_gradients(kind, tol, with_z):
+    """A loss over all steps, or some and the last state: the same gradients from all three exact modes, past the bits of a segment, too."""
+
+    def gradients(gradient):
+        block, x = make_block(kind)
+        leaves = x if isinstance(x, tuple) else (x,)
+        layer = ReversibleFixedPoint(block, beta=0.8, max_steps=14, tol=tol, gradient=gradient)
+        solution = layer(x, output_trajectory=True)
+        states = solution.trajectory[::2] if with_z else solution.trajectory
+        parts = [
+            (0.9**i * part).square().mean() for i, state in enumerate(states) for part in (state if isinstance(state, tuple) else (state,))
+        ]
+        z = solution.z if isinstance(solution.z, tuple) else (solution.z,)
+        loss = sum(parts) + with_z * sum(part.sum() for part in z)
+        found = torch.autograd.grad(loss, [*leaves, *block.parameters()])
+        assert layer.drift == 0.0
+        return found
+
+    exact = gradients("reversible")
+    for other in ("checkpoint", "backprop"):
+        for one, two in zip(exact, gradients(other), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_states_on_the_way_are_freed_without_the_garbage_collector():
+    block, x = make_block("attention")
+    gc.disable()
+    try:
+        solution = ReversibleFixedPoint(block, max_steps=3)(x, output_trajectory=True)
+        state = weakref.ref(solution.trajectory[0])
+        del solution
+        assert state() is None
+    finally:
+        gc.enable()
 
 
 def test_law_5_training_and_inference_compute_the_same():

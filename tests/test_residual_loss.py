@@ -256,3 +256,27 @@ def test_under_fsdp2_it_is_refused(process_group):
         fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
     with pytest.raises(RuntimeError, match="which FSDP2 shards as a whole; train with DDP, or without it"):
         model(torch.randn(2, 6))
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.linear = ReversibleFixedPoint(Block(), max_steps=2), nn.Linear(6, 6)
+
+    def forward(self, z, x):
+        return torch.tanh(self.linear(self.inner(z + x).z))
+
+
+@pytest.mark.parametrize("tol", [None, 1e-9])
+def test_a_solve_within_a_solve_is_part_of_the_block(tol):
+    torch.manual_seed(0)
+    layer, x, found = ReversibleFixedPoint(Outer(), max_steps=3, tol=tol), torch.randn(4, 6), []
+    residual = ResidualLoss(layer)
+    for gradient in ("reversible", "backprop"):
+        z = layer(x, gradient=gradient).z
+        assert len(residual._measured) == 1
+        loss = residual()
+        torch.testing.assert_close(loss, relative(layer.block(z, x), z, -1).mean(), rtol=1e-3, atol=0)
+        found.append(gradients(layer, loss + z.sum()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

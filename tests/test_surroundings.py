@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 import revdeq_hf
 from revdeq_hf import ReversibleFixedPoint, diagnose
@@ -311,3 +312,104 @@ def test_what_is_asked_of_a_solution_and_of_a_layer_is_answered():
     for x in ({"inputs": start()}, torch.zeros(3, 6, dtype=torch.long)):
         with pytest.raises((TypeError, ValueError), match="with z0= the state has that of z0, and x may be anything"):
             layer(x)
+
+
+class Keeps(Block):
+    """Makes something of x, or of its weight, once and keeps it."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of, self.kept = of, None
+
+    def forward(self, z, x):
+        if self.kept is None:
+            self.kept = x.roll(1, 1) if self.of == "x" else self.linear.bias * 2
+        return super().forward(z, x + self.kept)
+
+
+@pytest.mark.parametrize("of", ["x", "weights"])
+@pytest.mark.parametrize(("keep_evaluations", "tol"), [(1, None), (3, None), (0, None), (1, 1e-9)])
+def test_what_an_earlier_evaluation_made_is_refused(of, keep_evaluations, tol):
+    """Its gradient would be that of a part of the evaluations, at a drift of 0: of x the stem below it had none."""
+    torch.manual_seed(0)
+    block, x = Keeps(of), start().requires_grad_()
+    layer = ReversibleFixedPoint(block, max_steps=3, keep_evaluations=keep_evaluations, tol=tol)
+    solution = layer(x)
+    with pytest.raises(RuntimeError, match="was computed before this evaluation"):
+        solution.z.sum().backward()
+    block.kept = None
+    assert torch.autograd.grad(layer(x, gradient="backprop").z.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "implicit"])
+def test_what_was_computed_before_the_solve_is_context(gradient):
+    torch.manual_seed(0)
+    block, x = Keeps("weights"), start()
+    block.kept = block.linear.weight.norm() * torch.ones(6)
+    layer = ReversibleFixedPoint(block, max_steps=3, gradient=gradient)
+    with pytest.raises(RuntimeError, match=r"computed before this evaluation \(MulBackward0\).*context argument"):
+        layer(x).z.sum().backward()
+
+
+class Stores(Block):
+    """As a mixture of experts does with the loss of its router."""
+
+    def forward(self, z, x):
+        self.stored = (self.linear.weight @ x.T).square().mean() + z.square().mean()
+        return super().forward(z, x)
+
+
+@pytest.mark.parametrize(("keep_evaluations", "tol"), [(1, None), (0, None), (1, 1e-6)])
+@pytest.mark.parametrize("first", ["state", "stored"])
+def test_what_a_block_stores_is_not_differentiated_in_part(keep_evaluations, tol, first):
+    torch.manual_seed(0)
+    block, x = Stores(), start().requires_grad_()
+    layer = ReversibleFixedPoint(block, max_steps=8, keep_evaluations=keep_evaluations, tol=tol)
+    solution = layer(x)
+    losses = [solution.z.sum(), block.stored]
+    with pytest.raises(RuntimeError, match=r"the block stored in one of its evaluations|backward through the graph a second time"):
+        sum(losses if first == "state" else reversed(losses)).backward()
+    if keep_evaluations == 0 or tol:  # nothing else would have told
+        solution = layer(x)
+        with pytest.raises(RuntimeError, match="the block stored in one of its evaluations"):
+            block.stored.backward()
+
+
+def test_a_stored_loss_of_one_more_call_is_exact():
+    torch.manual_seed(0)
+    block, x = Stores(), start().requires_grad_()
+    found = []
+    for gradient in ("reversible", "backprop"):
+        solution = ReversibleFixedPoint(block, max_steps=8, gradient=gradient)(x)
+        block(solution.z, x)
+        found.append(torch.autograd.grad(solution.z.sum() + block.stored, [x, *block.parameters()]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop"])
+def test_a_start_that_is_the_solution_already_passes_its_gradient_on(gradient):
+    """With tol met by all examples at once, the solution is the start."""
+    torch.manual_seed(0)
+    layer = ReversibleFixedPoint(Block(), max_steps=50, tol=1e-3, gradient=gradient)
+    x = start().requires_grad_()
+    settled = layer(x, tol=1e-6).z.detach().requires_grad_()
+    solution = layer(x, z0=settled)
+    assert solution.steps.tolist() == [0, 0, 0]
+    of_start, of_x = torch.autograd.grad(solution.z.sum(), [settled, x], materialize_grads=True, allow_unused=True)
+    assert torch.equal(of_start, torch.ones(3, 6))
+    assert not of_x.any()
+
+
+def test_a_cache_without_slots_for_evaluations_is_refused():
+    """Every evaluation would write to it: 40 entries after a prompt of 5 tokens."""
+
+    class Attends(Block):
+        def forward(self, z, x, past_key_values):
+            keys = (z + x)[:, None]
+            keys, _ = past_key_values.update(keys, keys, 0)
+            return super().forward(z, x) + keys.mean((1, 2))[:, None]
+
+    layer, x = ReversibleFixedPoint(Attends(), max_steps=2), torch.randn(1, 5, 6)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"wrote to a DynamicCache.*EvaluationSlots\(cache, 0, layers\)"):
+        layer(x, past_key_values=DynamicCache())
