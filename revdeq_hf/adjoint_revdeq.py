@@ -178,7 +178,9 @@ class Solve:
             f = evaluate(z_values, 2 * step)
             if self.tol is not None or self.record or step == self.max_steps - 1:
                 self._measure(f, z_values)
-                if self.active is not None:
+                if (
+                    self.active is not None and not torch.compiler.is_compiling()
+                ):  # a program takes all steps, in which settled rows stay as they are
                     # the one host synchronisation a step, with tol only; a plan of memory answers "any" as if no row had met it
                     staying = int(self.active.sum()) if compact else bool(self.active.any())
                     if not staying:
@@ -295,7 +297,10 @@ class Solve:
         with torch.no_grad():
             if self.measure_mask is not None:
                 f, z = (tuple(part.masked_fill(~per_row(self.measure_mask, part), 0) for part in state) for state in (f, z))
-            residual = residual_of(f, z, self.row_dims) / (1 - self.evaluator.damping)  # a damped value lies so much closer to z
+            if damping := self.evaluator.damping:  # of the block itself
+                wide = torch.promote_types(self.evaluator.dtype, torch.float32)
+                f = tuple((a.to(wide) - damping * b.to(wide)) / (1 - damping) for a, b in zip(f, z, strict=True))
+            residual = residual_of(f, z, self.row_dims)
             if self.active is None or self.residual is None:
                 self.residual = residual
             else:

@@ -47,7 +47,8 @@ def eager_attention_forward(
         raise ValueError(
             f"a mask of queries and keys must be bool (True where a token may look) or floating (added to the scores), got {attention_mask.dtype}"
         )
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # in float32 the least number of float64 is an infinity, and a token that sees nobody would be NaN, for those after it, too
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 

@@ -94,6 +94,10 @@ class RevDEQGenerationMixin(GenerationMixin):
             return super()._get_candidate_generator(
                 generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, *args, **kwargs
             )
+        if not input_ids.shape[1]:
+            raise ValueError(
+                "drafts are continuations of tokens, and with inputs_embeds alone there are none; pass input_ids, or leave draft_max_steps out"
+            )
         # transformers' own early exit changes the config while it drafts, and not at all where max_steps is given in the call
         generation_config = copy.deepcopy(generation_config)
         generation_config.assistant_early_exit = None
@@ -134,12 +138,18 @@ class RevDEQGenerationMixin(GenerationMixin):
         )
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers looks at its signature
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, *args, **kwargs):
         if not self.config.is_causal:
             raise ValueError(
                 "a model with config.is_causal=False sees the tokens it should predict and cannot generate; train one with is_causal=True"
             )
-        return super().prepare_inputs_for_generation(*args, **kwargs)
+        caches = [cache for cache in (args[:1] or (kwargs.get("cache"), kwargs.get("past_key_values"))) if cache is not None]
+        seen = int(caches[0].get_seq_length()) if caches and next_sequence_length is None else 0
+        if (
+            0 < seen < input_ids.shape[1]
+        ):  # drafts on a cache that is handed on: transformers' first verification would write all of the prompt to it again
+            next_sequence_length = input_ids.shape[1] - seen
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         # generate makes its cache from the config: show it the steps of this call, one thread at a time

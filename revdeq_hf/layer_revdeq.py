@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ GRADIENT_MODES = (*EXACT_MODES, "implicit", "phantom")
 SOLVERS = ("reversible", *FLOAT_SOLVERS)
 # evaluations up to which a compiled caller without gradients gets the whole solve in its program: its compilation takes seconds for each
 WRITTEN_OUT = 64
+EXPORTING_IS_TOLD = torch.__version__ >= "2.13"
 DRIFT_POLICIES = ("warn", "raise", "ignore")
 
 
@@ -390,8 +392,7 @@ class ReversibleFixedPoint(nn.Module):
 
     def _traceable(self, max_steps: int | None, tol: float | None) -> bool:
         """Whether a compiled caller gets the solve as part of its own program, which is written out evaluation by evaluation."""
-        # a trace by torch.compile takes is_exporting() for True in torch 2.11, whoever asks for it; torch.export does without that trace
-        if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        if _is_exporting():
             return True
         if torch.is_grad_enabled() or any(module.training for module in self.block.modules()):  # dropout: one mask for all evaluations
             return False
@@ -429,7 +430,8 @@ class ReversibleFixedPoint(nn.Module):
             steps = draw_steps(self.steps_sampling)
         else:
             steps = self.max_steps
-        tol = self.tol if tol is None else _check_tol(tol)
+        tol = self.tol if tol is None else tol
+        tol = None if tol is None else _check_tol(tol)
         is_tuple = isinstance(x if z0 is None else z0, tuple)
         evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, self.damping)
         parameters = [p for module in evaluator.modules for p in module._parameters.values() if p is not None]
@@ -440,13 +442,16 @@ class ReversibleFixedPoint(nn.Module):
         refuse_function_transforms(itertools.chain(state, evaluator.tensors, parameters))
         start = None if z0 is None else state
         # what autograd follows by itself need not be among the arguments: keys in a cache, for example
-        wants_gradient = torch.is_grad_enabled() and (
+        following = torch.is_grad_enabled() and (
+            self.block.training or not _is_exporting()
+        )  # what is exported of a model in eval mode is its inference path
+        wants_gradient = following and (
             mode in ("backprop", "checkpoint", "phantom")
             or any(t.requires_grad for t in (*(start or ()), *evaluator.tensors))
             or bool(trainable_parameters(self.block))
         )
         # of a compiled block an evaluation with a graph would be another program
-        evaluator.unfollowed = torch.is_grad_enabled() and not wants_gradient and not evaluator.compiled
+        evaluator.unfollowed = following and not wants_gradient and not evaluator.compiled
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _undone_on_failure(evaluator, state):
             statistics, z, states, residuals = self._run(evaluator, start, steps, tol, mode, wants_gradient, output_trajectory, within_rows)
         statistics.counting = counting
@@ -507,6 +512,11 @@ class ReversibleFixedPoint(nn.Module):
         elif wants_gradient and mode == "phantom":
             z = attach_phantom(evaluator, z, self._approximation)
         return statistics, z, states, residuals
+
+
+def _is_exporting() -> bool:
+    """Whether torch.export traces. In torch 2.11 every trace by torch.compile says so, and only exports without such a trace (`strict=False`) are known."""
+    return torch.compiler.is_exporting() and (EXPORTING_IS_TOLD or not torch.compiler.is_dynamo_compiling())
 
 
 def fixed_point_layers(model: nn.Module) -> list[tuple[str, ReversibleFixedPoint]]:
@@ -584,9 +594,9 @@ def check_count(name: str, value: int, least: int) -> None:
 
 
 def _check_tol(tol: float) -> float:
-    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0 <= tol < math.inf:
+    if isinstance(tol, bool) or not isinstance(tol, Real) or not 0 <= tol < math.inf:
         raise ValueError(f"tol must be None (always max_steps) or a finite number >= 0, got {tol!r}")
-    return tol
+    return float(tol)
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> str:

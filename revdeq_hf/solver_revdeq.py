@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from numbers import Real
 
 import torch
 
@@ -96,13 +97,13 @@ def rational_beta(beta: float) -> Fraction:
     Raises:
         ValueError: beta is outside (0, 2), equal to 1 or not a finite number, or nearer to 0, 1 or 2 than 1/1000.
     """
-    if isinstance(beta, bool) or not isinstance(beta, (int, float, Fraction)):
+    if isinstance(beta, bool) or not isinstance(beta, Real):
         raise ValueError(f"beta must be a number in (0, 2) other than 1, got {beta!r}")
     if not 0 < beta < 2:  # also catches NaN
         raise ValueError(f"beta must lie in (0, 2), got {beta}; 0.5 to 0.8 is usual")
     if beta == 1:
         raise ValueError("beta must not be 1: the iteration would forget its state and could not be reversed; try 0.8 or 0.9")
-    fraction = Fraction(beta).limit_denominator(MAX_DENOMINATOR)
+    fraction = Fraction(beta if isinstance(beta, Fraction) else float(beta)).limit_denominator(MAX_DENOMINATOR)
     if fraction in (0, 1, 2):
         raise ValueError(f"beta={beta} is nearer to {fraction} than 1/{MAX_DENOMINATOR}; choose a beta further from 0, 1 and 2")
     return fraction
@@ -280,8 +281,7 @@ class Scratch:
 
     def __init__(self, fused: bool = False) -> None:
         self.fused = fused
-        # a pair for each shape; sizes of an exported program cannot be keys of a dict
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._tensors: dict[torch.Size, tuple[torch.Tensor, torch.Tensor]] = {}
         self._tables: dict[str, torch.Tensor] = {}
 
     def _table(self, name: str, numbers: Callable[[], list], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -305,12 +305,10 @@ class Scratch:
 
     def tensors(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A float tensor, wide enough for `f`, and an int64 one, both of its shape."""
-        for pair in self._tensors:
-            if pair[0].shape == f.shape:
-                return pair
-        wide = torch.float64 if f.dtype == torch.float64 else torch.float32
-        self._tensors.append((torch.empty_like(f, dtype=wide), torch.empty_like(f, dtype=torch.int64)))
-        return self._tensors[-1]
+        if f.shape not in self._tensors:
+            wide = torch.float64 if f.dtype == torch.float64 else torch.float32
+            self._tensors[f.shape] = torch.empty_like(f, dtype=wide), torch.empty_like(f, dtype=torch.int64)
+        return self._tensors[f.shape]
 
 
 class ExactState:
@@ -363,6 +361,10 @@ class ExactState:
     def increment(self, f: torch.Tensor) -> torch.Tensor:
         """`q = round(beta f 2^F)` as int64, f clamped to the value limit and NaN taken as 0 (the caller tells). Valid until the next call."""
         r = self.resolution
+        if torch.compiler.is_compiling():  # a program makes room by itself, and one that is exported may be run where gradients are on
+            wide = f.to(torch.float64 if f.dtype == torch.float64 else torch.float32)
+            floats = wide.clamp(-r.value_limit, r.value_limit).nan_to_num(nan=0.0) * (r.beta * 2.0**r.fraction_bits)
+            return floats.round().to(torch.int64)
         wide, q = self._scratch.tensors(f)
         torch.clamp(f if f.dtype == wide.dtype else wide.copy_(f), -r.value_limit, r.value_limit, out=wide).nan_to_num_(nan=0.0)
         return q.copy_(wide.mul_(r.beta * 2.0**r.fraction_bits).round_())

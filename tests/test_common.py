@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from conftest import awake
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers.integrations.executorch import convert_and_export_with_cache
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForTokenClassification, modeling_revdeq
 from revdeq_hf.block_revdeq import RevDEQLayer
@@ -277,6 +278,33 @@ def test_the_inference_path_exports_for_any_batch_and_length(block):
     for ids in (IDS.flip(0), IDS[:1, :4], torch.randint(0, 67, (3, 17))):
         got = exported.module()(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(got, model(ids).logits, rtol=0, atol=1e-6)
+
+
+NEEDS_213 = pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 does not tell a strict export from a compilation")
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=NEEDS_213)])
+def test_tokens_that_stop_by_themselves_export_where_gradients_are_on(strict):
+    """What is exported is the inference path. It takes all steps, in which tokens that have settled stay as they are."""
+    model = awake(model_of(tol=0.1, beta=0.8, max_steps=4), 0.2)
+    exported = torch.export.export(model, (), {"input_ids": IDS, "use_cache": False}, strict=strict).module()
+    for ids in (IDS, IDS.flip(0)):
+        got = exported(input_ids=ids, use_cache=False).logits
+        with torch.no_grad():
+            expected = model(ids, output_solver_stats=True)
+        assert expected.solver_steps.unique().numel() > 1
+        torch.testing.assert_close(got.detach(), expected.logits, rtol=0, atol=1e-6)
+
+
+def test_a_static_cache_exports_where_gradients_are_on():
+    """As transformers does it for ExecuTorch, and token by token as one runs it."""
+    model = model_of(max_steps=2)
+    settings = dict(use_cache=True, cache_implementation="static", max_length=16, cache_config={"batch_size": 1, "max_cache_len": 16})
+    model.generation_config = GenerationConfig(**settings)
+    program = convert_and_export_with_cache(model).module()
+    ids = IDS[:1]
+    got = [program(input_ids=ids[:, i : i + 1], cache_position=torch.tensor([i])) for i in range(ids.shape[1])]
+    torch.testing.assert_close(torch.cat(got, 1).detach(), model(ids).logits.detach(), rtol=0, atol=1e-5)
 
 
 def test_heads_share_all_of_this():

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
+from revdeq_hf.cache_revdeq import CACHE_NAME
 
 GREEDY = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
 TEXT = torch.randint(1, 67, (2, 70), generator=torch.Generator().manual_seed(5))
@@ -281,8 +282,25 @@ def test_how_long_drafts_are(settings, configured, first):
     assert model.generation_config.num_assistant_tokens == configured.get("num_assistant_tokens")
 
 
+@pytest.mark.parametrize("way", [{"draft_max_steps": 1}, {"prompt_lookup_num_tokens": 3}])
+@pytest.mark.parametrize("new", [1, 5])
+def test_drafts_go_on_from_a_cache(way, new):
+    """A conversation that goes on: transformers would write what is in the cache to it once more."""
+    model = contractive(max_steps=3)
+    settings = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+    for first in ({}, way):
+        before = model.generate(IDS[:1], **settings, **first)
+        prompt = torch.cat([before.sequences, IDS[1:, :new]], 1)
+        expected = model.generate(prompt, **settings)
+        got = model.generate(prompt, **{CACHE_NAME: before[CACHE_NAME]}, **settings, **way)
+        assert torch.equal(got.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=0, atol=1e-5)
+
+
 def test_drafts_that_cannot_be_are_told():
     model = contractive(max_steps=3)
+    with pytest.raises(ValueError, match="drafts are continuations of tokens, and with inputs_embeds alone there are none"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(IDS[:1]), draft_max_steps=1)
     for steps in (3, 7):
         with pytest.raises(ValueError, match="below the steps of a full solve"):
             model.generate(IDS[:1], draft_max_steps=steps)

@@ -149,6 +149,19 @@ def test_attention_kernels_agree():
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", [dict(num_block_layers=2), dict(num_prelude_layers=1), dict(num_coda_layers=1)], ids=str)
+def test_padding_on_the_left_is_no_nan_in_float64(variant):
+    """A padding token sees nobody; in float32 the most negative number of float64 is an infinity, and its weights were NaN."""
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[0, :4], mask[0, :4] = 0, 0
+    logits = []
+    for attention in ("eager", "sdpa"):
+        model = small(attn_implementation=attention, **variant).double()
+        with torch.no_grad():
+            logits.append(model(ids, attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("variant", [*VARIANTS, dict(is_causal=False)], ids=str)
 def test_masks_of_truth_values_hide_what_masks_of_numbers_hide(variant, attention):

@@ -9,8 +9,10 @@ import warnings
 import weakref
 from collections import Counter
 from contextlib import nullcontext
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import AttentionBlock, make_block, relative_error
@@ -865,6 +867,29 @@ def test_the_meta_device():
         block, x = make_block("attention")
         layer = ReversibleFixedPoint(block, max_steps=3)
         assert layer(x).z.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("damping", [0.5, 0.9])
+def test_the_residual_is_that_of_the_block_whatever_the_damping(damping, dtype):
+    block, x = make_block("attention")
+    block, x = block.to(dtype), x.to(dtype)
+    layer = ReversibleFixedPoint(block, max_steps=6, damping=damping)
+    with torch.no_grad():
+        solution = layer(x, output_trajectory=True)
+        states = [torch.zeros_like(x), *solution.trajectory[:-1]]
+        for z, residual in zip(states, solution.step_residuals, strict=True):
+            f = block(z, x)
+            away, size = ((part.double().flatten(1)).norm(dim=1) for part in (f - z, f))
+            torch.testing.assert_close(residual.double(), away / size, rtol=1e-4 if dtype == torch.float64 else 0.1, atol=0)
+    torch.testing.assert_close(solution.step_residuals[0], torch.ones(3), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.1), np.float64(0.1), Fraction(1, 10)])
+def test_settings_may_be_numbers_of_other_kinds(number):
+    layer, x = ReversibleFixedPoint(Injection(), beta=number, tol=number, max_steps=50), torch.randn(3, 5)
+    assert layer.beta == 0.1
+    assert torch.equal(layer(x).z, ReversibleFixedPoint(Injection(), beta=0.1, tol=0.1, max_steps=50)(x).z)
 
 
 class Operations(TorchDispatchMode):

@@ -270,7 +270,7 @@ def test_trajectory():
     early = small(tol=0.1, max_steps=60).eval()(images, output_trajectory=True, output_solver_stats=True)
     assert len(early.trajectory[0]) < 60
     assert len(early.step_residuals[0]) >= early.solver_steps[:, 0].max()
-    for mode, differentiable in (("backprop", True), ("reversible", False)):
+    for mode, differentiable in (("backprop", True), ("reversible", True), ("implicit", False)):
         states = small(gradient=mode)(images, output_trajectory=True).trajectory
         assert states[0][0].requires_grad is differentiable
 
