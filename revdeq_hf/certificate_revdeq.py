@@ -100,8 +100,8 @@ class Certificate:
         message = (
             f"the reversible backward pass did not reconstruct its start state: drift {drift:.3g}, expected 0. The gradients of this pass "
             "are wrong, because the block did not give the same result twice for the same input. Likely causes: a nondeterministic kernel "
-            "(see torch.use_deterministic_algorithms), random numbers from outside torch's default generators, a block that counts its calls, or "
-            "holds layers that draw their steps, parameters or buffers changed between the passes, a block compiled otherwise than by "
+            "(see torch.use_deterministic_algorithms), random numbers from outside torch's default generators, a block that counts its calls, "
+            "parameters or buffers changed between the passes, a block compiled otherwise than by "
             "layer.compile(), which met another program, or kernels chosen for one of the passes only (torch.nn.attention.sdpa_kernel, "
             "deterministic algorithms). "
             "gradient='checkpoint' tolerates small differences"

@@ -373,7 +373,10 @@ class Evaluator:
         values = out if isinstance(out, tuple) else (out,)
         if isinstance(out, tuple) != self.is_tuple or not all(isinstance(v, torch.Tensor) for v in values):
             expected = f"a tuple of {len(self.shapes)} tensors" if self.is_tuple else "one tensor, as the state is one"
-            raise TypeError(f"the block must return {expected}, got {type(out).__name__}; the state takes its form from x (or z0)")
+            raise TypeError(
+                f"the block must return {expected}, got {type(out).__name__}; the state takes its form from x (or z0), and what else the "
+                "block has to tell (an auxiliary loss) it stores, to be taken from one more call, layer.block(solution.z, x)"
+            )
         got, expected_shapes = [tuple(v.shape) for v in values], [tuple(s) for s in self.shapes]
         if got != expected_shapes:
             raise ValueError(

@@ -87,8 +87,8 @@ class FixedPointSolution(SolveStatistics):
     Attributes:
         z: the fixed point, of the form of `x` (or `z0`): a tensor, or a tuple of tensors. NaN in every element of a row in which
             the block was not finite.
-        trajectory: where `output_trajectory=True` asked for it, the states after each step, of the form of `z`; else None. Differentiable with the
-            gradients "checkpoint" and "backprop", detached otherwise.
+        trajectory: where `output_trajectory=True` asked for it, the states after each step, of the form of `z`; else None. They have exact gradients with
+            "reversible", "checkpoint" and "backprop", and none with "implicit" and "phantom", which look at the fixed point alone.
         step_residuals: the residuals at the start of each step, (steps begun, *rows) float32, where the trajectory was asked for; else None.
     """
 
@@ -328,7 +328,8 @@ class ReversibleFixedPoint(nn.Module):
             z0: start state instead of zero, of the state's form. Gets a gradient. Values beyond the state limit (2048 for beta < 1) are clamped
                 and counted.
             max_steps, tol, gradient, num_restarts: instead of the layer's, None: these. With `z0` there is nothing to restart from, and one solve is run.
-            output_trajectory: also return the state after every step and the residual at the start of every step; costs a state tensor a step.
+            output_trajectory: also return the state after every step, with its gradient, and the residual at the start of every step; costs a state tensor
+                a step.
             measure_mask: (batch, positions) bool: which entries of the state's second dimension count in the residual, hence in `tol`, in the choice of
                 restarts, in what "anderson" and "broyden" make of earlier states, and in `ResidualLoss`. For padding, which must not hold an example
                 back. None: all do. (With `row_dims=2` each position has a residual of its own, and the solve is the same.)
@@ -419,7 +420,10 @@ class ReversibleFixedPoint(nn.Module):
         _check_combination(mode, self.solver)
         state = _check_state(x if z0 is None else z0, "x" if z0 is None else "z0", self.row_dims)
         if z0 is not None and isinstance(x, torch.Tensor) and x.dim() and x.shape[0] != state[0].shape[0]:
-            raise ValueError(f"x and z0 must agree in their first dimension (the batch), got {x.shape[0]} and {state[0].shape[0]}")
+            raise ValueError(
+                f"x and z0 must agree in their first dimension (the batch), got {x.shape[0]} and {state[0].shape[0]}; what all examples share goes in as "
+                "context, layer(x, shared)"
+            )
         if measure_mask is not None:
             _check_measure_mask(measure_mask, state)
         within_rows, counting = (measure_mask, None) if self.row_dims == 1 else (None, measure_mask)
