@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .evaluator_revdeq import Evaluation, Evaluator, State, as_leaves, evaluate_with_graph, refuse_hidden_inputs
-from .solver_revdeq import Digits, ExactState, Resolution, Scratch, per_row, resolution_for, rows
+from .solver_revdeq import Digits, ExactState, Resolution, Scratch, per_row, resolution_for, rows, wider
 
 RESIDUAL_FLOOR = 1e-5
 # rows that met tol leave the batch when no more than this share would stay: copying the others costs little beside an evaluation
@@ -211,7 +211,7 @@ class Solve:
         if not self.noise:
             return f
         generator = torch.Generator(self.evaluator.device).manual_seed(self.noise_seed + number)
-        wide = torch.float64 if self.evaluator.dtype == torch.float64 else torch.float32
+        wide = wider(self.evaluator.dtype)
         return tuple(
             part + (self.noise * torch.randn(part.shape, generator=generator, device=part.device, dtype=wide)).to(part.dtype) for part in f
         )
@@ -298,7 +298,7 @@ class Solve:
             if self.measure_mask is not None:
                 f, z = (tuple(part.masked_fill(~per_row(self.measure_mask, part), 0) for part in state) for state in (f, z))
             if damping := self.evaluator.damping:  # of the block itself
-                wide = torch.promote_types(self.evaluator.dtype, torch.float32)
+                wide = wider(self.evaluator.dtype)
                 f = tuple((a.to(wide) - damping * b.to(wide)) / (1 - damping) for a, b in zip(f, z, strict=True))
             residual = residual_of(f, z, self.row_dims)
             if self.active is None or self.residual is None:

@@ -133,6 +133,11 @@ def resolution_for(beta: float, dtype: torch.dtype) -> Resolution:
     return Resolution(numerator, denominator, bits, limit, state_limit, segment)
 
 
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The dtype for arithmetic on states of this one: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def per_row(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Reshapes figures of rows, (batch,) or (batch, positions), to as many dimensions as `like` has, by trailing ones."""
     return values.reshape(values.shape + (1,) * (like.dim() - values.dim()))
@@ -306,8 +311,7 @@ class Scratch:
     def tensors(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A float tensor, wide enough for `f`, and an int64 one, both of its shape."""
         if f.shape not in self._tensors:
-            wide = torch.float64 if f.dtype == torch.float64 else torch.float32
-            self._tensors[f.shape] = torch.empty_like(f, dtype=wide), torch.empty_like(f, dtype=torch.int64)
+            self._tensors[f.shape] = torch.empty_like(f, dtype=wider(f.dtype)), torch.empty_like(f, dtype=torch.int64)
         return self._tensors[f.shape]
 
 
@@ -347,7 +351,7 @@ class ExactState:
 
     def value(self, phase: "int | torch.Tensor", dtype: torch.dtype) -> torch.Tensor:
         """The state as floats: what `f` sees. `phase` is a number, or an integer for each row where they stopped at different steps."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = wider(dtype)
         if self._scratch.fused or not isinstance(phase, int):
             spacing = per_row(self._scratch.spacings(self.resolution, wide, self.integers.device)[phase], self.integers)
             if self._scratch.fused:
@@ -362,8 +366,7 @@ class ExactState:
         """`q = round(beta f 2^F)` as int64, f clamped to the value limit and NaN taken as 0 (the caller tells). Valid until the next call."""
         r = self.resolution
         if torch.compiler.is_compiling():  # a program makes room by itself, and one that is exported may be run where gradients are on
-            wide = f.to(torch.float64 if f.dtype == torch.float64 else torch.float32)
-            floats = wide.clamp(-r.value_limit, r.value_limit).nan_to_num(nan=0.0) * (r.beta * 2.0**r.fraction_bits)
+            floats = f.to(wider(f.dtype)).clamp(-r.value_limit, r.value_limit).nan_to_num(nan=0.0) * (r.beta * 2.0**r.fraction_bits)
             return floats.round().to(torch.int64)
         wide, q = self._scratch.tensors(f)
         torch.clamp(f if f.dtype == wide.dtype else wide.copy_(f), -r.value_limit, r.value_limit, out=wide).nan_to_num_(nan=0.0)
@@ -379,8 +382,7 @@ class ExactState:
 
     def _add(self, f: torch.Tensor, phase: int, sign: int, active: torch.Tensor | None) -> None:
         if self._scratch.fused:
-            wide = torch.float64 if f.dtype == torch.float64 else torch.float32
-            gain, limit, scales = self._scratch.arithmetic(self.resolution, wide, f.device)
+            gain, limit, scales = self._scratch.arithmetic(self.resolution, wider(f.dtype), f.device)
             rows = None if active is None else per_row(active, f)
             compiled(accumulate)(self.integers, f, gain, limit, sign * scales[phase], rows)
             return
