@@ -67,7 +67,7 @@ class Solve:
         evaluator: Evaluator,
         beta: float,
         max_steps: int,
-        tol: float | None,
+        tol: float | Callable[[Any, Any], torch.Tensor] | None,
         row_dims: int = 1,
         record: bool = False,
         noise: float = 0.0,
@@ -295,11 +295,12 @@ class Solve:
     def _measure(self, f: State, z: State) -> None:
         """Residuals of the rows still active, which cease to be where they meet `tol`."""
         with torch.no_grad():
-            if self.measure_mask is not None:
-                f, z = (tuple(part.masked_fill(~per_row(self.measure_mask, part), 0) for part in state) for state in (f, z))
             if damping := self.evaluator.damping:  # of the block itself
                 wide = wider(self.evaluator.dtype)
                 f = tuple((a.to(wide) - damping * b.to(wide)) / (1 - damping) for a, b in zip(f, z, strict=True))
+            whole = z, f
+            if self.measure_mask is not None:
+                f, z = (tuple(part.masked_fill(~per_row(self.measure_mask, part), 0) for part in state) for state in whole[::-1])
             residual = residual_of(f, z, self.row_dims)
             if self.active is None or self.residual is None:
                 self.residual = residual
@@ -308,7 +309,18 @@ class Solve:
             if self.record:
                 self.step_residuals.append(self.residual)
             if self.active is not None and self.tol is not None:
-                self.active = self.active & ~(residual <= self.tol)
+                met = self._told(self.tol, *whole) if callable(self.tol) else residual <= self.tol
+                self.active = self.active & ~met
+
+    def _told(self, rule: Callable[[Any, Any], torch.Tensor], *states: State) -> torch.Tensor:
+        """Which rows are done by a rule of the user's."""
+        met = rule(*(state if self.evaluator.is_tuple else state[0] for state in states))
+        if not isinstance(met, torch.Tensor) or met.dtype != torch.bool or met.shape != self.rows:
+            got = f"{met.dtype} of {tuple(met.shape)}" if isinstance(met, torch.Tensor) else repr(met)
+            raise ValueError(
+                f"a function given as tol must return a bool tensor of shape {tuple(self.rows)}, True where a row is done, got {got}"
+            )
+        return met
 
 
 def residual_of(f: State, z: State, row_dims: int = 1) -> torch.Tensor:
@@ -563,7 +575,12 @@ def solve_plain(solve: Solve, z0: State | None) -> State:
     evaluator = solve.evaluator
     # a compiled block would be compiled again for each number of rows
     compact = (
-        evaluator.rows_are_apart and not evaluator.compiled and solve.row_dims == 1 and not solve.record and solve.measure_mask is None
+        evaluator.rows_are_apart
+        and not evaluator.compiled
+        and solve.row_dims == 1
+        and not solve.record
+        and solve.measure_mask is None
+        and not callable(solve.tol)  # which may know its rows by their places
     )
     whole = evaluator.tensors, evaluator.shapes
     with torch.no_grad():

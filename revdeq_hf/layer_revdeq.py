@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -36,6 +36,7 @@ SOLVERS = ("reversible", *FLOAT_SOLVERS)
 # evaluations up to which a compiled caller without gradients gets the whole solve in its program: its compilation takes seconds for each
 WRITTEN_OUT = 64
 EXPORTING_IS_TOLD = torch.__version__ >= "2.13"
+Tolerance = float | Callable[[Any, Any], torch.Tensor]
 DRIFT_POLICIES = ("warn", "raise", "ignore")
 
 
@@ -138,7 +139,9 @@ class ReversibleFixedPoint(nn.Module):
         max_steps: N >= 1; a step is two evaluations of the block.
         tol: None: always `max_steps`. A float >= 0: each row stops at the first step at whose start its relative residual is
             at most `tol`; its state is frozen there. Costs one host synchronisation a step and one evaluation to notice the end. Without gradients,
-            where the block is given x alone and rows are examples, finished examples leave the batch and cost nothing any more.
+            where the block is given x alone and rows are examples, finished examples leave the batch and cost nothing any more. Or a rule of your own, with
+            the solver "reversible": a function of the state and the block's value there, in the state's form, that returns a bool tensor with an entry for
+            each row, True where it is done. It is called without gradients, at the start of each step, with all rows.
         row_dims: leading dimensions of the state whose entries are measured and stopped by themselves: 1, examples; 2, for states of shape
             (batch, positions, ...), also positions, for blocks that are causal.
         damping: d in [0, 1); the iteration is that of `d z + (1 - d) f(z, x)`, which has the fixed points of f: where f turns states over (eigenvalues
@@ -202,7 +205,7 @@ class ReversibleFixedPoint(nn.Module):
         block: nn.Module,
         beta: float = 0.8,
         max_steps: int = 8,
-        tol: float | None = None,
+        tol: Tolerance | None = None,
         gradient: str = "reversible",
         solver: str = "reversible",
         keep_evaluations: int = 1,
@@ -310,7 +313,7 @@ class ReversibleFixedPoint(nn.Module):
         *context,
         z0=None,
         max_steps: int | None = None,
-        tol: float | None = None,
+        tol: Tolerance | None = None,
         gradient: str | None = None,
         output_trajectory: bool = False,
         num_restarts: int | None = None,
@@ -391,7 +394,7 @@ class ReversibleFixedPoint(nn.Module):
         """
         self._compiled_block, self._compiled = [CompiledBlock(self.block, **settings)], True
 
-    def _traceable(self, max_steps: int | None, tol: float | None) -> bool:
+    def _traceable(self, max_steps: int | None, tol: Tolerance | None) -> bool:
         """Whether a compiled caller gets the solve as part of its own program, which is written out evaluation by evaluation."""
         if _is_exporting():
             return True
@@ -436,6 +439,8 @@ class ReversibleFixedPoint(nn.Module):
             steps = self.max_steps
         tol = self.tol if tol is None else tol
         tol = None if tol is None else _check_tol(tol)
+        if callable(tol) and self.solver != "reversible":
+            raise ValueError(f"a function given as tol needs solver='reversible', got {self.solver!r}")
         is_tuple = isinstance(x if z0 is None else z0, tuple)
         evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, self.damping)
         parameters = [p for module in evaluator.modules for p in module._parameters.values() if p is not None]
@@ -471,7 +476,7 @@ class ReversibleFixedPoint(nn.Module):
         evaluator: Evaluator,
         start: State | None,
         steps: int,
-        tol: float | None,
+        tol: Tolerance | None,
         mode: str,
         wants_gradient: bool,
         record: bool,
@@ -503,6 +508,7 @@ class ReversibleFixedPoint(nn.Module):
                 self._certificate.watch_clamping(solve.clamped, solve.resolution.value_limit)
         else:
             recomputed = recompute_before if follow else None
+            assert not callable(tol)
             z, found = solve_float(evaluator, start, steps, tol, self._approximation, recomputed, self.row_dims, record, measure_mask)
             states, residuals = [unflatten(state, evaluator, self.row_dims) for state in found.trajectory], found.step_residuals
             clamped = torch.zeros_like(found.nonfinite)
@@ -597,9 +603,13 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
 
 
-def _check_tol(tol: float) -> float:
+def _check_tol(tol: Tolerance) -> Tolerance:
+    if callable(tol):
+        return tol
     if isinstance(tol, bool) or not isinstance(tol, Real) or not 0 <= tol < math.inf:
-        raise ValueError(f"tol must be None (always max_steps) or a finite number >= 0, got {tol!r}")
+        raise ValueError(
+            f"tol must be None (always max_steps), a finite number >= 0, or a function of the state and the block's value, got {tol!r}"
+        )
     return float(tol)
 
 

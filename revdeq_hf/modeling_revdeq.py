@@ -281,7 +281,7 @@ class RevDEQModel(RevDEQPreTrainedModel):
         max_steps (`int`, *optional*):
             Steps of the solve, instead of `config.max_steps`. A cache of `kv_cache="per_evaluation"` serves one number of steps only.
         tol (`float`, *optional*):
-            Relative residual at which a token (with `config.is_causal=False` an example) stops, instead of `config.tol`.
+            Relative residual at which a token (with `config.is_causal=False` an example) stops, instead of `config.tol`; or a rule, see `ReversibleFixedPoint`.
         output_trajectory (`bool`, *optional*, defaults to `False`):
             Whether to return `trajectory` and `step_residuals`; without a cache, at the price of a state per step.
         output_hidden_states (`bool`, *optional*):
@@ -493,7 +493,7 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
         max_steps (`int`, *optional*):
             Steps of the solve, instead of `config.max_steps`. A cache of `kv_cache="per_evaluation"` serves one number of steps only.
         tol (`float`, *optional*):
-            Relative residual at which a token (with `config.is_causal=False` an example) stops, instead of `config.tol`.
+            Relative residual at which a token (with `config.is_causal=False` an example) stops, instead of `config.tol`; or a rule, see `ReversibleFixedPoint`.
         output_solver_stats (`bool`, *optional*, defaults to `False`):
             Whether to return `solver_steps` and `solver_residual`, each of shape (batch, seq).
         skip_logits (`bool`, *optional*):

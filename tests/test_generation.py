@@ -282,6 +282,23 @@ def test_how_long_drafts_are(settings, configured, first):
     assert model.generation_config.num_assistant_tokens == configured.get("num_assistant_tokens")
 
 
+def test_tokens_stop_by_a_rule_of_ones_own():
+    """Where what they would say no longer changes; with a cache as without one."""
+    model = contractive(scale=3, max_steps=8)
+
+    def rule(z, f):
+        now, then = (model.lm_head(model.model.norm(state)).log_softmax(-1) for state in (z, f))
+        return (then.exp() * (then - now)).sum(-1) < 1e-4
+
+    with torch.no_grad():
+        steps = model(IDS, tol=rule, output_solver_stats=True).solver_steps
+    assert steps.unique().numel() > 1
+    settings = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+    found = [torch.stack(model.generate(IDS, tol=rule, use_cache=use_cache, **settings).logits) for use_cache in (True, False)]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    assert not torch.equal(found[0], torch.stack(model.generate(IDS, **settings).logits))
+
+
 @pytest.mark.parametrize("way", [{"draft_max_steps": 1}, {"prompt_lookup_num_tokens": 3}])
 @pytest.mark.parametrize("new", [1, 5])
 def test_drafts_go_on_from_a_cache(way, new):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import pickle
 import sys
 import threading
@@ -883,6 +884,52 @@ def test_the_residual_is_that_of_the_block_whatever_the_damping(damping, dtype):
             away, size = ((part.double().flatten(1)).norm(dim=1) for part in (f - z, f))
             torch.testing.assert_close(residual.double(), away / size, rtol=1e-4 if dtype == torch.float64 else 0.1, atol=0)
     torch.testing.assert_close(solution.step_residuals[0], torch.ones(3), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "backprop", "none"])
+@pytest.mark.parametrize(("kind", "row_dims"), [("attention", 1), ("pair", 1), ("positions", 2)])
+def test_rows_stop_by_a_rule_of_ones_own(kind, row_dims, gradient):
+    """As `tol` does: the state is that of so many steps, the gradient that of the steps that were taken."""
+    block, x = (Injection(), torch.randn(3, 7, 16, requires_grad=True)) if kind == "positions" else make_block(kind)
+    rows = (3, 7)[:row_dims]
+    halts = torch.arange(1, 1 + math.prod(rows)).reshape(rows) % 4  # after how many steps
+    seen = []
+
+    def rule(z, f):
+        seen.append((z, f))
+        return halts <= len(seen) - 1
+
+    layer = ReversibleFixedPoint(block, max_steps=6, row_dims=row_dims, gradient="reversible" if gradient == "none" else gradient)
+    with torch.set_grad_enabled(gradient != "none"):
+        solution = layer(x, tol=rule)
+    assert torch.equal(solution.steps, halts)
+    for z, f in seen:  # all rows, and what they are made of
+        for one, other in zip(*((part if isinstance(part, tuple) else (part,)) for part in (f, block(z, x))), strict=True):
+            torch.testing.assert_close(one, other)
+    part = (lambda state: state[0]) if isinstance(x, tuple) else (lambda state: state)
+    for steps in range(4):
+        shorter = layer(x, max_steps=steps).z if steps else layer(x, max_steps=1, tol=lambda z, f: torch.ones(rows, dtype=torch.bool)).z
+        assert torch.equal(part(solution.z)[halts == steps], part(shorter)[halts == steps])
+    if gradient in ("reversible", "checkpoint"):
+        exact = torch.autograd.grad(part(solution.z).sum(), x)
+        assert layer.drift == 0.0
+        seen.clear()
+        for one, other in zip(exact, torch.autograd.grad(part(layer(x, tol=rule, gradient="backprop").z).sum(), x), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_rule_that_cannot_be_is_refused():
+    layer, x = ReversibleFixedPoint(Injection(), max_steps=3), torch.randn(3, 5)
+    for answer, got in (
+        (True, "True"),
+        (torch.ones(3), r"torch.float32 of \(3,\)"),
+        (torch.ones(3, 5, dtype=torch.bool), r"torch.bool of \(3, 5\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"must return a bool tensor of shape \(3,\), True where a row is done, got {got}"):
+            layer(x, tol=lambda z, f, answer=answer: answer)
+    layer = ReversibleFixedPoint(Injection(), max_steps=3, solver="picard", gradient="implicit")
+    with pytest.raises(ValueError, match="a function given as tol needs solver='reversible', got 'picard'"):
+        layer(x, tol=lambda z, f: torch.ones(3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("number", [np.float32(0.1), np.float64(0.1), Fraction(1, 10)])
