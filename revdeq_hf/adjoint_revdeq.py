@@ -15,6 +15,7 @@ autograd keep everything and sees the rounding of the states as the identity (`_
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -459,8 +460,8 @@ class _Reversible(torch.autograd.Function):
             return found[: len(still)]
 
         at_steps = _grouped(gradients, len(evaluator.shapes))  # of what was returned, then of the states after each step
-        zeros = (torch.zeros(shape, dtype=evaluator.dtype, device=evaluator.device) for shape in evaluator.shapes)
-        gz = solve.poisoned(tuple(zero if g is None else g for g, zero in zip(at_steps[0], zeros, strict=True)))
+        zeros = partial(torch.zeros, dtype=evaluator.dtype, device=evaluator.device)
+        gz = solve.poisoned(tuple(zeros(shape) if g is None else g for g, shape in zip(at_steps[0], evaluator.shapes, strict=True)))
         gy = tuple(torch.zeros_like(g) for g in gz)
         phase = solve.phase
         with evaluator.replay(), without_hooks(parameters):
