@@ -570,30 +570,31 @@ def plot(rows: list[dict[str, str]], path: Path) -> None:
                 groups.setdefault(f"{section}: {row['f']}, {row['shape']}, {place(row)}", []).append(row)
     if not groups:
         raise ValueError(f"{RESULTS / 'speed.csv'} has no rows to draw; run the benchmark first")
-    heights = [len(group) for group in groups.values()]
-    figure, panels = pyplot.subplots(
-        len(groups),
-        1,
-        figsize=(9, 0.8 * len(groups) + 0.25 * sum(heights)),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        height_ratios=heights,
-    )
-    for axes, (title, group) in zip(panels[:, 0], groups.items(), strict=True):
-        ratios = [float(row["ratio"]) for row in group]
-        spread = [[ratio - float(row["least"]) for ratio, row in zip(ratios, group, strict=True)]]
-        spread.append([float(row["greatest"]) - ratio for ratio, row in zip(ratios, group, strict=True)])
-        ours = [
-            "#c05020" if any(word in row["way"] for word in ("reversible", "RevDEQ", "tol", "compiled")) else "#8090a0" for row in group
-        ]
-        axes.barh([row["way"] for row in group], ratios, xerr=spread, color=ours, ecolor="#404040")
-        axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        axes.invert_yaxis()
-        axes.set_title(title, fontsize=9, loc="left")
-        axes.tick_params(labelsize=8)
-    panels[-1, 0].set_xlabel("time as a ratio to the way at the dotted line; whiskers: all turns")
-    figure.savefig(path, dpi=100)
+    room = [len(group) + 3 for group in groups.values()]  # for the bars, and for the title
+    columns: list[list[str]] = [[], [], []]
+    for number, title in enumerate(groups):
+        columns[min(2, 3 * sum(room[:number]) // sum(room))].append(title)
+    columns = [column for column in columns if column]
+    figure = pyplot.figure(figsize=(7 * len(columns), 0.22 * sum(room) / len(columns) + 1.5), layout="constrained")
+    figure.supxlabel("time as a ratio to the way at the dotted line; whiskers: all turns")
+    for part, titles in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
+        heights = [len(groups[title]) for title in titles]
+        panels = part.subplots(len(titles), 1, squeeze=False, sharex=True, height_ratios=heights)
+        for axes, title in zip(panels[:, 0], titles, strict=True):
+            group = groups[title]
+            ratios = [float(row["ratio"]) for row in group]
+            spread = [[ratio - float(row["least"]) for ratio, row in zip(ratios, group, strict=True)]]
+            spread.append([float(row["greatest"]) - ratio for ratio, row in zip(ratios, group, strict=True)])
+            ours = [
+                "#c05020" if any(word in row["way"] for word in ("reversible", "RevDEQ", "tol", "compiled")) else "#8090a0" for row in group
+            ]
+            axes.barh([row["way"] for row in group], ratios, xerr=spread, color=ours, ecolor="#404040")
+            axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+            axes.set_xlim(0, 2.2)
+            axes.invert_yaxis()
+            axes.set_title(title, fontsize=9, loc="left")
+            axes.tick_params(labelsize=8)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
