@@ -28,6 +28,8 @@ from .solver_revdeq import Digits, ExactState, Resolution, Scratch, per_row, res
 RESIDUAL_FLOOR = 1e-5
 # rows that met tol leave the batch when no more than this share would stay: copying the others costs little beside an evaluation
 STAYING = 0.75
+# how many times the elements of a state are more than the rows' figures that are noted before they are counted
+NOTED = 8
 UNFUSED_DEVICES = ("cpu", "meta")
 
 
@@ -276,7 +278,7 @@ class Solve:
         # on the CPU much faster than aminmax, or abs and amax, or the maximum norm
         self._reaches.append((values.amax(within), values.amin(within)) if within else (values, values))
         self._whose.append(self.active)
-        if not within:  # what is noted is as large as the state
+        if NOTED * len(self._reaches) * self._reaches[0][0].numel() >= values.numel():  # not so much that memory would grow
             self._count(limit)
 
     def _count(self, limit: float) -> None:
@@ -417,6 +419,7 @@ class _Reversible(torch.autograd.Function):
         parameter_sums = _Sums(len(parameters))
         segment = solve.resolution.segment
         kept, ctx.kept = ctx.kept, []  # a second backward pass over the same graph recomputes them
+        mark = object()
 
         # Sums over the evaluations: an argument's goes into the next `autograd.grad` as a seed of its alias, so that autograd adds in the order of stored
         # backpropagation; a parameter has no alias, and its sum is kept beside (`_Sums`).
@@ -437,8 +440,8 @@ class _Reversible(torch.autograd.Function):
             """
             nonlocal argument_sums
             evaluation = kept.pop() if kept else evaluate_with_graph(evaluator, solve.values(still, phase), leaves)
-            if number == 2 * solve.taken - 1:  # the first one met: all are of one map
-                refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves), ctx.parameters)
+            if number >= 2 * solve.taken - 2:  # the first two met: all are of one map, and share nothing but its inputs
+                refuse_hidden_inputs(evaluation.f, (*evaluation.state, *evaluation.leaves), ctx.parameters, (mark, number))
             inputs = [leaf for leaf, need in zip(evaluation.leaves, argument_needed, strict=True) if need]
             outputs, seeds = [], []
             with torch.enable_grad():

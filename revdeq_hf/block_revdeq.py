@@ -48,7 +48,8 @@ def eager_attention_forward(
             f"a mask of queries and keys must be bool (True where a token may look) or floating (added to the scores), got {attention_mask.dtype}"
         )
     # in float32 the least number of float64 is an infinity, and a token that sees nobody would be NaN, for those after it, too
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    weights = nn.functional.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 

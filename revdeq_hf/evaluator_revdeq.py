@@ -162,6 +162,12 @@ def memory_format(tensor: torch.Tensor, block: nn.Module) -> torch.memory_format
     return torch.contiguous_format
 
 
+def _lengths(cache: Any) -> list[Any]:
+    """How many tokens each layer of a cache of transformers' holds; of anything else nothing."""
+    found = [layer.get_seq_length() for layer in cache.layers if hasattr(layer, "get_seq_length")] if isinstance(cache.layers, list) else []
+    return [int(length) if isinstance(length, torch.Tensor) else length for length in found]
+
+
 ANY_SHAPE = ()
 
 
@@ -326,10 +332,8 @@ class Evaluator:
         ]
         versions = [t._version for t in inputs]
         _, context, kwargs = self.template
-        caches = [
-            value for value in (*context, *kwargs.values()) if hasattr(value, "get_seq_length") and not hasattr(value, "next_evaluation")
-        ]
-        lengths = [int(cache.get_seq_length()) for cache in caches]
+        caches = [value for value in (*context, *kwargs.values()) if hasattr(value, "layers") and not hasattr(value, "next_evaluation")]
+        lengths = list(map(_lengths, caches))
         with same_convolutions(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or self.unfollowed):
             out = call()
         self._changed = [buffer for buffer in buffers if buffer.moved]
@@ -346,7 +350,7 @@ class Evaluator:
                 "the block changes one of its inputs in place, so a second evaluation would meet another map; "
                 "use out-of-place operations on z, x and the context (z + x, not z.add_(x))"
             )
-        if any(int(cache.get_seq_length()) != length for cache, length in zip(caches, lengths, strict=True)):
+        if list(map(_lengths, caches)) != lengths:
             raise ValueError(
                 f"the block wrote to a {type(caches[0]).__name__}, as every evaluation would, and the next one would attend to what this one wrote; they need "
                 "slots of their own: past_key_values=revdeq_hf.EvaluationSlots(cache, 0, layers), and a new cache in place of this one"
@@ -499,19 +503,26 @@ def as_leaves(tensors: Iterable[torch.Tensor], needed: Iterable[bool]) -> list[t
 
 def _refuse_stored(gradient: torch.Tensor) -> None:
     raise RuntimeError(
-        "a tensor that the block stored in one of its evaluations (an auxiliary loss?) is differentiated, and its gradient would end at that evaluation. "
-        "Return it as part of the state; or call the block once more after the solve, solution = layer(x); layer.block(solution.z, x), and take it from "
-        "there, which is exact; or use gradient='backprop'"
+        "a tensor that the block stored in one of its evaluations (an auxiliary loss?) is differentiated, and its gradient would end at that "
+        "evaluation. Return it as part of the state; or call the block once more after the solve, solution = layer(x); layer.block(solution.z, x), "
+        "and take it from there, which is exact; or use gradient='backprop'. (A block that calls backward() itself should call torch.autograd.grad.)"
     )
 
 
-def refuse_hidden_inputs(outputs: Iterable[torch.Tensor], inputs: Iterable[torch.Tensor], parameters: Iterable[torch.Tensor]) -> None:
-    """Follows the graph of an evaluation back to its `inputs` (those of `Evaluation`) and the block's parameters; raises RuntimeError where it comes to another
-    leaf, which would silently get no gradient, or to what was computed before the evaluation, whose gradient would be that of this evaluation alone."""
+def refuse_hidden_inputs(
+    outputs: Iterable[torch.Tensor],
+    inputs: Iterable[torch.Tensor],
+    parameters: Iterable[torch.Tensor],
+    mark: "tuple[object, int] | None" = None,
+) -> None:
+    """Follows the graph of an evaluation back to its `inputs` (those of `Evaluation`) and the block's parameters.
+
+    Raises RuntimeError where it comes to another leaf, which would silently get no gradient; or to what another evaluation came to as well, of the same first
+    part of `mark` and another second one: it was computed outside of both, and would get the gradient of one.
+    """
     inputs = list(inputs)
     known = {id(tensor) for tensor in (*inputs, *parameters)}
     seen = {alias.grad_fn for alias in inputs if alias.grad_fn is not None}
-    began = min((node._sequence_nr() for node in seen), default=0)  # a count of each thread
     todo = [part.grad_fn for part in outputs if part.grad_fn is not None and part.grad_fn not in seen]
     seen.update(todo)
     while todo:
@@ -520,17 +531,21 @@ def refuse_hidden_inputs(outputs: Iterable[torch.Tensor], inputs: Iterable[torch
         if foreign is not None and id(foreign) not in known:
             raise RuntimeError(
                 f"the block uses a tensor of shape {tuple(foreign.shape)} that requires grad and is neither one of its parameters nor one of "
-                "its arguments, so this gradient mode cannot give it a gradient; "
+                "its arguments (or was made of one of them by another evaluation, and kept), so this gradient mode cannot give it a gradient; "
                 "pass it to the layer as a context argument (a tensor, or in tuples, lists and dicts; dict(x) of a BatchEncoding, in which nothing is "
                 "looked for), register it as a parameter of the block, or use "
                 "gradient='backprop'. nn.DataParallel and FSDP inside the solve hide parameters so: use torchrun with DDP, or shard the layer as a whole"
             )
-        if foreign is None and node._sequence_nr() < began:
-            raise RuntimeError(
-                f"the block uses something that requires grad and was computed before this evaluation ({node.name()}): outside of the solve, or in an earlier "
-                "evaluation and kept. This gradient mode would give it the gradient of a part of the evaluations; compute it in the block at every evaluation, "
-                "or before the solve and pass it to the layer as a context argument, or use gradient='backprop'"
-            )
+        if foreign is None and mark is not None:
+            marks: dict = node.metadata  # type: ignore[assignment]
+            owner, number = marks.get("revdeq_hf", mark)
+            if owner is mark[0] and number != mark[1]:
+                raise RuntimeError(
+                    f"the block uses something that requires grad and was computed outside of the evaluation ({node.name()}): before the solve, or in another "
+                    "one and kept. This gradient mode would give it the gradient of one evaluation; compute it in the block at every evaluation, "
+                    "or before the solve and pass it to the layer as a context argument, or use gradient='backprop'"
+                )
+            marks["revdeq_hf"] = mark
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)

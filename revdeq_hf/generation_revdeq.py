@@ -9,6 +9,7 @@ from typing import Any
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 
+from .cache_revdeq import CACHE_NAME
 from .configuration_revdeq import RevDEQConfig
 from .hub_revdeq import GENERATION_SETTINGS
 from .steps_revdeq import check_steps
@@ -18,6 +19,8 @@ from .steps_revdeq import check_steps
 DRAFTING = {"num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic_transient", "assistant_confidence_threshold": 0.0}
 
 OWN_ARGUMENTS = {"max_steps", "tol"}  # of a call, which mean nothing to another model that drafts for this one
+
+VERIFYING = "verifying"  # what assisted decoding passes to `prepare_inputs_for_generation`
 
 _LOCK = threading.RLock()  # held while a model shows transformers another config than its own
 
@@ -88,6 +91,7 @@ class RevDEQGenerationMixin(GenerationMixin):
         self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model=None, *args, **kwargs
     ) -> CandidateGenerator:
         steps = generation_config.assistant_early_exit
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != VERIFYING}
         if steps is None:
             if assistant_model is not None:  # has steps of its own, or none
                 model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OWN_ARGUMENTS}
@@ -114,6 +118,10 @@ class RevDEQGenerationMixin(GenerationMixin):
         )
         generator.assistant_model = self
         return generator
+
+    def _assisted_decoding(self, *args, **kwargs):
+        """transformers' first verification would write to the cache the whole prompt, whatever of it has been written before."""
+        return super()._assisted_decoding(*args, **kwargs, **{VERIFYING: True})
 
     def _get_logits_processor(self, *args, **kwargs):
         """Guidance without the prompt (`guidance_scale`) runs the model by itself: with the steps and tolerance of this call."""
@@ -143,12 +151,8 @@ class RevDEQGenerationMixin(GenerationMixin):
             raise ValueError(
                 "a model with config.is_causal=False sees the tokens it should predict and cannot generate; train one with is_causal=True"
             )
-        caches = [cache for cache in (args[:1] or (kwargs.get("cache"), kwargs.get("past_key_values"))) if cache is not None]
-        seen = int(caches[0].get_seq_length()) if caches and next_sequence_length is None else 0
-        if (
-            0 < seen < input_ids.shape[1]
-        ):  # drafts on a cache that is handed on: transformers' first verification would write all of the prompt to it again
-            next_sequence_length = input_ids.shape[1] - seen
+        if kwargs.pop(VERIFYING, False) and next_sequence_length is None:
+            next_sequence_length = input_ids.shape[1] - int((args[0] if args else kwargs[CACHE_NAME]).get_seq_length())
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):

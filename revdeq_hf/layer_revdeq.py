@@ -89,7 +89,8 @@ class FixedPointSolution(SolveStatistics):
         z: the fixed point, of the form of `x` (or `z0`): a tensor, or a tuple of tensors. NaN in every element of a row in which
             the block was not finite.
         trajectory: where `output_trajectory=True` asked for it, the states after each step, of the form of `z`; else None. They have exact gradients with
-            "reversible", "checkpoint" and "backprop", and none with "implicit" and "phantom", which look at the fixed point alone.
+            "reversible", "checkpoint" and "backprop", and none with "implicit" and "phantom", which look at the fixed point alone. (Of a row in which f is
+            not finite later, "reversible" gives NaN for the states before, too.)
         step_residuals: the residuals at the start of each step, (steps begun, *rows) float32, where the trajectory was asked for; else None.
     """
 
@@ -374,10 +375,10 @@ class ReversibleFixedPoint(nn.Module):
 
         def draw(part: torch.Tensor) -> torch.Tensor:
             if number is None:
-                return self.initial_scale * torch.randn_like(part)
+                return float(self.initial_scale) * torch.randn_like(part)
             # on the CPU, which every device has: the same everywhere
             values = torch.randn(part.shape[self.start_dims or self.row_dims :], generator=generator, dtype=torch.float32, device="cpu")
-            return (self.initial_scale * values).to(part.device, part.dtype).expand_as(part)
+            return (float(self.initial_scale) * values).to(part.device, part.dtype).expand_as(part)
 
         generator = torch.Generator("cpu").manual_seed(number or 0)
         with torch.no_grad():
@@ -442,11 +443,11 @@ class ReversibleFixedPoint(nn.Module):
         if callable(tol) and self.solver != "reversible":
             raise ValueError(f"a function given as tol needs solver='reversible', got {self.solver!r}")
         is_tuple = isinstance(x if z0 is None else z0, tuple)
-        evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, self.damping)
+        evaluator = Evaluator(block, (x, context, block_kwargs), is_tuple, state, float(self.damping))
         parameters = [p for module in evaluator.modules for p in module._parameters.values() if p is not None]
         if not torch.compiler.is_compiling():
             refuse_uninitialised(parameters, self.block)
-        refuse_training_batchnorm(evaluator.modules)
+        refuse_training_batchnorm(evaluator.modules, self.block)
         refuse_cached_parametrizations(evaluator.modules)
         refuse_function_transforms(itertools.chain(state, evaluator.tensors, parameters))
         start = None if z0 is None else state
@@ -489,7 +490,7 @@ class ReversibleFixedPoint(nn.Module):
         recompute_before = 2 * steps - self.keep_evaluations if mode == "checkpoint" else 0
         follow = wants_gradient and mode in EXACT_MODES
         if self.solver == "reversible":
-            noise = self.path_noise if self._learns else 0.0
+            noise = float(self.path_noise) if self._learns else 0.0
             seed = int(torch.randint(2**62, (), device="cpu")) if noise else 0
             solve = Solve(evaluator, self.beta, steps, tol, self.row_dims, record, noise, seed, measure_mask)
             if not follow:
@@ -588,9 +589,9 @@ def check_settings(of: Any, max_steps: int) -> None:
     check_count("keep_evaluations", of.keep_evaluations, 0)
     for name in ("initial_scale", "path_noise"):
         value = getattr(of, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-    if isinstance(of.damping, bool) or not isinstance(of.damping, (int, float)) or not 0 <= of.damping < 1:
+    if isinstance(of.damping, bool) or not isinstance(of.damping, Real) or not 0 <= float(of.damping) < 1:
         raise ValueError(f"damping must lie in [0, 1), got {of.damping!r}")
     for name in ("damping", "path_noise"):
         if getattr(of, name) and of.solver != "reversible":
@@ -636,12 +637,13 @@ def refuse_uninitialised(parameters: Iterable[nn.Parameter], block: nn.Module) -
         )
 
 
-def refuse_training_batchnorm(modules: Iterable[nn.Module]) -> None:
+def refuse_training_batchnorm(modules: Iterable[nn.Module], block: nn.Module) -> None:
     """Raises ValueError for batch normalisation in training mode: its statistics couple the examples and change at every call."""
     for module in modules:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            name = next((name for name, other in block.named_modules() if other is module), "")
             raise ValueError(
-                f"the block holds {module} in training mode, whose statistics change at every evaluation, so that f is "
+                f"the block holds {type(module).__name__} ({name!r}) in training mode, whose statistics change at every evaluation, so that f is "
                 "not one map and cannot be reversed; use GroupNorm, LayerNorm or RMSNorm inside the block, put BatchNorm outside, or call .eval() on it"
             )
 

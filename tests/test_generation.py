@@ -314,6 +314,21 @@ def test_drafts_go_on_from_a_cache(way, new):
         torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), rtol=0, atol=1e-5)
 
 
+def test_only_new_tokens_go_on_from_a_cache():
+    """Under a mask of the whole text, and in chunks of the whole text, as before."""
+    model = contractive(max_steps=3)
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+    ids = torch.cat([IDS[:1], IDS[1:]], 1)  # 22 tokens
+    expected = torch.stack(model.generate(ids, **settings).logits)
+    for seen in (3, 9):
+        with torch.no_grad():
+            caches = [model(ids[:, :seen], use_cache=True)[CACHE_NAME] for _ in range(2)]
+        inputs = model.prepare_inputs_for_generation(ids[:, seen:], **{CACHE_NAME: caches[0]}, use_cache=True)
+        assert inputs["input_ids"].shape[1] == 22 - seen
+        got = model.generate(ids[:, seen:], attention_mask=torch.ones_like(ids), **{CACHE_NAME: caches[0]}, **settings)
+        torch.testing.assert_close(torch.stack(got.logits), expected, rtol=0, atol=1e-5)
+
+
 def test_drafts_that_cannot_be_are_told():
     model = contractive(max_steps=3)
     with pytest.raises(ValueError, match="drafts are continuations of tokens, and with inputs_embeds alone there are none"):

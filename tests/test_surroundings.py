@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import revdeq_hf
-from revdeq_hf import ReversibleFixedPoint, diagnose
+from revdeq_hf import RevDEQConfig, ReversibleFixedPoint, diagnose
 
 MODES = ["reversible", "checkpoint", "backprop", "implicit", "phantom"]
 RECOMPUTING = ["reversible", "checkpoint", "implicit"]
@@ -335,20 +337,49 @@ def test_what_an_earlier_evaluation_made_is_refused(of, keep_evaluations, tol):
     block, x = Keeps(of), start().requires_grad_()
     layer = ReversibleFixedPoint(block, max_steps=3, keep_evaluations=keep_evaluations, tol=tol)
     solution = layer(x)
-    with pytest.raises(RuntimeError, match="was computed before this evaluation"):
+    with pytest.raises(RuntimeError, match=r"computed outside of the evaluation|made of one of them by another evaluation, and kept"):
         solution.z.sum().backward()
     block.kept = None
     assert torch.autograd.grad(layer(x, gradient="backprop").z.sum(), x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("gradient", ["reversible", "implicit"])
-def test_what_was_computed_before_the_solve_is_context(gradient):
+def test_what_was_computed_before_the_solve_is_context():
     torch.manual_seed(0)
     block, x = Keeps("weights"), start()
     block.kept = block.linear.weight.norm() * torch.ones(6)
-    layer = ReversibleFixedPoint(block, max_steps=3, gradient=gradient)
-    with pytest.raises(RuntimeError, match=r"computed before this evaluation \(MulBackward0\).*context argument"):
+    layer = ReversibleFixedPoint(block, max_steps=40)
+    with pytest.raises(RuntimeError, match=r"computed outside of the evaluation \(MulBackward0\).*context argument"):
         layer(x).z.sum().backward()
+    found = []
+    for gradient in ("implicit", "backprop"):  # of one evaluation, or of all
+        block.kept = block.linear.weight.norm() * torch.ones(6)
+        found.append(torch.autograd.grad(layer(x, gradient=gradient).z.sum(), block.linear.weight)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+class Threaded(Block):
+    """Half of its graph is made in another thread, and an energy's gradient is part of it: where what is computed by an accelerator is differentiated, too."""
+
+    def forward(self, z, x):
+        def branch() -> torch.Tensor:
+            with torch.enable_grad():
+                energy = torch.tanh(self.linear(z) + x).square().sum()
+                return torch.autograd.grad(energy, z if z.requires_grad else self.linear.bias, create_graph=True)[0]
+
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(branch).result()
+        return super().forward(z, x) + 0.1 * other
+
+
+def test_a_graph_that_another_thread_made_is_the_evaluation_s_own():
+    found = []
+    for gradient in ("reversible", "backprop"):
+        block, x = Threaded(), start().requires_grad_()
+        layer = ReversibleFixedPoint(block, max_steps=4, gradient=gradient)
+        found.append(torch.autograd.grad(layer(x, z0=torch.zeros(3, 6, requires_grad=True)).z.sum(), [x, *block.parameters()]))
+        assert layer.drift == 0.0
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 class Stores(Block):
@@ -356,6 +387,7 @@ class Stores(Block):
 
     def forward(self, z, x):
         self.stored = (self.linear.weight @ x.T).square().mean() + z.square().mean()
+        self.of_state = (self.linear.weight @ z.T).square().mean()
         return super().forward(z, x)
 
 
@@ -371,8 +403,9 @@ def test_what_a_block_stores_is_not_differentiated_in_part(keep_evaluations, tol
         sum(losses if first == "state" else reversed(losses)).backward()
     if keep_evaluations == 0 or tol:  # nothing else would have told
         solution = layer(x)
-        with pytest.raises(RuntimeError, match="the block stored in one of its evaluations"):
-            block.stored.backward()
+        for stored in (block.stored, block.of_state):
+            with pytest.raises(RuntimeError, match="the block stored in one of its evaluations"):
+                stored.backward(retain_graph=True)
 
 
 def test_a_stored_loss_of_one_more_call_is_exact():
@@ -410,6 +443,12 @@ def test_a_cache_without_slots_for_evaluations_is_refused():
             keys, _ = past_key_values.update(keys, keys, 0)
             return super().forward(z, x) + keys.mean((1, 2))[:, None]
 
+    class Ignores(Block):
+        def forward(self, z, x, past_key_values):
+            return super().forward(z, x)
+
     layer, x = ReversibleFixedPoint(Attends(), max_steps=2), torch.randn(1, 5, 6)
+    for cache in (DynamicCache(), StaticCache(RevDEQConfig(), max_cache_len=4), SimpleNamespace(layers="abc", get_seq_length=None)):
+        ReversibleFixedPoint(Ignores(), max_steps=2)(x, past_key_values=cache)
     with torch.no_grad(), pytest.raises(ValueError, match=r"wrote to a DynamicCache.*EvaluationSlots\(cache, 0, layers\)"):
         layer(x, past_key_values=DynamicCache())
