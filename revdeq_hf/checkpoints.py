@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .flops import training_flops
@@ -186,6 +188,24 @@ class TrainingClock(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"earlier": self.seconds}}
 
 
+class _GroupedByEpoch(LengthGroupedSampler):
+    """transformers' sampler for `group_by_length`, in an order that follows from the seed and the epoch, as that of its other strategies does: by itself it
+    draws from the global generator, which has moved otherwise in a run that is resumed, or on another rank."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        self.batch_size, self.lengths, self.seed = sampler.batch_size, sampler.lengths, seed
+        self.generator = torch.Generator()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Trainer's data loader before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
 class ResumableTrainer(Trainer):
     """Trainer that goes on from whole checkpoints of the same model, tells what to do where one cannot be written, and pushes what `publish` sends.
 
@@ -199,7 +219,7 @@ class ResumableTrainer(Trainer):
         super().__init__(*arguments, **kwargs)
         if self.accelerator.mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise ValueError(
-                "fp16 needs a gradient scaler, which accelerate has for accelerators only; on the CPU use --bf16 true instead of --fp16"
+                "fp16 needs a gradient scaler, which accelerate has for accelerators only; on the CPU use --bf16 true --use_cpu true instead of --fp16"
             )
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if self.args.world_size != started:
@@ -243,6 +263,12 @@ class ResumableTrainer(Trainer):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             self.clock.began = None  # of a training that failed, too
+
+    def _get_train_sampler(self, *arguments: Any, **kwargs: Any) -> Any:
+        sampler = super()._get_train_sampler(*arguments, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
+            return _GroupedByEpoch(sampler, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return sampler
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of the micro-batch just trained on: Trainer's own `total_flos` takes a loop for a single evaluation."""

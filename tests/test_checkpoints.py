@@ -6,11 +6,21 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    DataCollatorForTokenClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM
 from revdeq_hf.checkpoints import ResumableTrainer, checkpoint_defect, checkpoint_to_resume, last_whole_checkpoint
@@ -122,6 +132,38 @@ def test_what_is_given_to_train_is_looked_at(run, kind):
     shutil.rmtree(run)
     with pytest.raises(FileNotFoundError, match="there is no whole checkpoint in"):
         trainer(run).train(resume_from_checkpoint=True)
+
+
+def test_batches_grouped_by_length_are_the_same_after_an_interruption(tmp_path):
+    """By transformers alone they were others: rows of an epoch were trained on twice, and others not at all."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in ([n, *range(n % 5)] for n in range(20))]
+    seen: list[list[int]] = []
+
+    class Watched(ResumableTrainer):
+        def training_step(self, model, inputs, *rest, **named):
+            seen.append(inputs["input_ids"][:, 0].tolist())
+            return super().training_step(model, inputs, *rest, **named)
+
+    def run(checkpoint: str | None) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=10, save_steps=7, per_device_train_batch_size=4, use_cpu=True, report_to="none", disable_tqdm=True,
+            train_sampling_strategy="group_by_length",
+        )  # fmt: skip
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")), pad_token="a")
+        collator = DataCollatorForTokenClassification(tokenizer)
+        model = RevDEQForCausalLM(RevDEQConfig(**SMALL))
+        Watched(model, arguments, train_dataset=rows, data_collator=collator).train(checkpoint)
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    whole = run(None)
+    assert sorted(chain(*seen[5:])) == list(range(20)), "each row once an epoch"
+    batches = seen[7:]
+    seen.clear()
+    torch.rand(3)  # whatever has been drawn since
+    resumed = run(str(tmp_path / "checkpoint-7"))
+    assert seen == batches
+    assert all(map(torch.equal, resumed, whole))
 
 
 def test_a_model_without_a_configuration_is_resumed(tmp_path):
