@@ -99,10 +99,9 @@ class Solve:
         self.residual: torch.Tensor | None = None
         self.clamped = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.nonfinite = torch.zeros(self.rows, dtype=torch.int64, device=device)
-        self._reaches: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # greatest and least values of rows that `_count` has not looked at yet,
-        self._whose: list[Any] = []  # and which rows were active then
+        # greatest and least values of rows that `_count` has not looked at yet, and which rows were active then
+        self._reaches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._whose: list[Any] = []
         self._present: torch.Tensor | None = None  # indices of the rows still here, None: all
         self._left: list[tuple[torch.Tensor, State, list[torch.Tensor]]] = []  # of rows that are finished: indices, z, figures
 
@@ -181,9 +180,8 @@ class Solve:
             f = evaluate(z_values, 2 * step)
             if self.tol is not None or self.record or step == self.max_steps - 1:
                 self._measure(f, z_values)
-                if (
-                    self.active is not None and not torch.compiler.is_compiling()
-                ):  # a program takes all steps, in which settled rows stay as they are
+                # a program takes all steps, in which settled rows stay as they are
+                if self.active is not None and not torch.compiler.is_compiling():
                     # the one host synchronisation a step, with tol only; a plan of memory answers "any" as if no row had met it
                     staying = int(self.active.sum()) if compact else bool(self.active.any())
                     if not staying:

@@ -452,9 +452,8 @@ class ReversibleFixedPoint(nn.Module):
         refuse_function_transforms(itertools.chain(state, evaluator.tensors, parameters))
         start = None if z0 is None else state
         # what autograd follows by itself need not be among the arguments: keys in a cache, for example
-        following = torch.is_grad_enabled() and (
-            self.block.training or not _is_exporting()
-        )  # what is exported of a model in eval mode is its inference path
+        # what is exported of a model in eval mode is its inference path
+        following = torch.is_grad_enabled() and (self.block.training or not _is_exporting())
         wants_gradient = following and (
             mode in ("backprop", "checkpoint", "phantom")
             or any(t.requires_grad for t in (*(start or ()), *evaluator.tensors))

@@ -576,8 +576,15 @@ def main(arguments: "Sequence[str] | None" = None) -> None:
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--padded", action="store_true", help="batches of text hold padding")
     parser.add_argument("--max_steps", type=int, help="steps of the solve instead of the config's")
+
+    def budget(text: str) -> int:
+        try:
+            return parse_bytes(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error  # of a ValueError argparse shows no message
+
     parser.add_argument(
-        "--budget", type=parse_bytes, help="memory of the device, such as 24GB or 80GiB: find the largest batch and advise the mode"
+        "--budget", type=budget, help="memory of the device, such as 24GB or 80GiB: find the largest batch and advise the mode"
     )
     parser.add_argument("--reserve", type=float, default=0.1, help="part of the budget left to what is not counted (default 0.1)")
     parser.add_argument("--explain", action="store_true", help="tell what the peak of each mode consists of")

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,23 +51,57 @@ class Run:
 def read_run(folder: "str | os.PathLike", name: str | None = None) -> Run:
     """The run in a Trainer's output folder: of its `trainer_state.json`, or while it goes on of its newest whole checkpoint; and of `results.json`.
 
+    Of a `trainer_state.json` that is cut short or damaged a warning tells, and the checkpoint's is taken.
+
     Raises:
         FileNotFoundError: the folder has neither.
+        ValueError: it has no whole one, or `results.json` is damaged.
     """
     folder = Path(folder)
     state = folder / "trainer_state.json"
+    checkpoint = last_whole_checkpoint(folder)
     if not state.is_file():
-        checkpoint = last_whole_checkpoint(folder)
         if checkpoint is None:
             raise FileNotFoundError(
                 f"there is no run in {str(folder)!r}: expected trainer_state.json in it or in a checkpoint-* folder; give the --output_dir of a training "
                 "with transformers' Trainer"
             )
-        state = Path(checkpoint) / "trainer_state.json"
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8")) if (folder / "results.json").is_file() else {}
+        state, checkpoint = Path(checkpoint) / "trainer_state.json", None
+    results = _fields(folder / "results.json") if (folder / "results.json").is_file() else {}
     convergence = results.get("convergence", {})
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    try:
+        history = _fields(state, "log_history")["log_history"]
+    except ValueError as error:
+        if checkpoint is None:
+            raise
+        history = _fields(Path(checkpoint) / "trainer_state.json", "log_history")["log_history"]
+        warnings.warn(f"{error}; this is the run up to {Path(checkpoint).name}, the newest whole checkpoint", stacklevel=2)
     return Run(name or folder.name, history, convergence.get("residuals", {}), convergence.get("trained_steps"), results)
+
+
+def _fields(path: Path, *expected: str) -> dict[str, Any]:
+    """The JSON object in a file; a ValueError where it is none, or lacks what is expected in it."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is cut short or damaged ({error})") from error
+    if not isinstance(fields, dict) or not fields.keys() >= set(expected):
+        raise ValueError(f"{str(path)!r} must hold a JSON object{' with ' if expected else ''}{', '.join(expected)}")
+    return fields
+
+
+def _output_defect(path: Path) -> str | None:
+    """Why no figure can be written to a path, or None: told before runs are read and drawn."""
+    from matplotlib.figure import Figure
+
+    if not path.parent.is_dir():
+        return f"there is no folder {str(path.parent)!r} to write the figure to; make it first"
+    if path.is_dir():
+        return f"{str(path)!r} is a folder; expected the name of a picture, such as {str(path / 'report.png')!r}"
+    endings = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix and path.suffix[1:].lower() not in endings:
+        return f"expected a picture that ends in one of {', '.join(endings)}, got {str(path)!r}"
+    return None
 
 
 def plot_runs(runs: Sequence[Run], path: "str | os.PathLike") -> None:
@@ -168,11 +203,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="output folder of a training run")
     parser.add_argument("--output", help="picture to write; default: report.png in the folder, of several folders report.png here")
     options = parser.parse_args(arguments)
+    if options.output and (defect := _output_defect(Path(options.output))):
+        parser.error(f"--output: {defect}")
     names = [Path(folder).resolve().name for folder in options.folders]
     try:
-        runs = [read_run(folder, folder if names.count(name) > 1 else name) for folder, name in zip(options.folders, names, strict=True)]
-    except FileNotFoundError as error:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            runs = [
+                read_run(folder, folder if names.count(name) > 1 else name) for folder, name in zip(options.folders, names, strict=True)
+            ]
+    except (FileNotFoundError, ValueError) as error:
         parser.error(str(error))
+    for warning in told:
+        print(f"{warning.message}.")
     path = options.output or (Path(options.folders[0]) / "report.png" if len(runs) == 1 else "report.png")
     plot_runs(runs, path)
     print_runs(runs)

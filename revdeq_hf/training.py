@@ -367,10 +367,12 @@ class LiveBytes(TorchDispatchMode):
         self.alive -= self._storages.pop(key)[0]
 
 
-def text_size(texts: Iterable[str]) -> dict[str, int]:
+def text_size(texts: Iterable[str | None]) -> dict[str, int]:
     """Words (separated by white space, and one more for every line end, as published word perplexities count) and UTF-8 bytes."""
     words = size = 0
     for text in texts:
+        if text is None:  # an empty cell of a table
+            continue
         words += len(text.split()) + text.count("\n")
         size += len(text.encode("utf-8"))
     return {"words": words, "bytes": size}
