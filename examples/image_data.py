@@ -47,7 +47,10 @@ class DataArguments:
         default=None, metadata={"help": "Height and width that images are resized to; default: of the first image, or the saved model's."}
     )
     channels: int | None = field(
-        default=None, metadata={"help": "1 for grey, 3 for colour; default: 1 if all of a hundred training images are grey."}
+        default=None,
+        metadata={
+            "help": "1 for grey, 3 for colour; default: 1 if all of a hundred training images are grey. White shows behind what is transparent."
+        },
     )
     bad_images: str = field(default="refuse", metadata={"help": "What unreadable image files do: refuse (an error lists them) or skip."})
     keep_pixels: bool | None = field(
@@ -102,7 +105,12 @@ def load_splits(data: DataArguments) -> datasets.DatasetDict:
         unknown = sorted(set(classes.get("validation", [])) - set(classes["train"]))
         if unknown and classes["train"]:
             raise ValueError(f"--validation_dir has folders of classes that --train_dir has none of: {unknown[:5]}")
-        return datasets.load_dataset("imagefolder", data_files={split: f"{glob.escape(folder)}/**" for split, folder in folders.items()})
+        loaded = datasets.load_dataset("imagefolder", data_files={split: f"{glob.escape(folder)}/**" for split, folder in folders.items()})
+        known = getattr(loaded["train"].features.get("label"), "names", classes["train"])  # with one class alone there is no such column
+        unseen = sorted(set(classes["train"]) - set(known))
+        if unseen:
+            logger.warning(f"--train_dir: folders without images, of which no class was made: {unseen}")
+        return loaded
     if data.train_file:
         files = {"train": data.train_file, **({"validation": data.validation_file} if data.validation_file else {})}
         for split, file in files.items():
@@ -170,6 +178,10 @@ def load_images(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset
         kept = kept.rename_columns({old: new for old, new in ((image, "image"), (label, "label")) if old != new})
         limit = data.max_train_images if split == "training" else data.max_eval_images
         labelled, found = class_labels(kept, names, split)
+        if len(found) < 2:
+            raise ValueError(
+                f"{label!r} must have at least two classes, got {found}; take another column with --label_column, or other images"
+            )
         if names is not None and found != names:
             raise ValueError(f"training and evaluation have other classes: {names} and {found}")
         names = found
@@ -177,6 +189,10 @@ def load_images(data: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset
             labelled = labelled.shuffle(seed=0).select(range(min(limit, len(labelled))))
         splits[split] = labelled
     train, evaluation = splits.values()
+    seen = set(train.select_columns(["label"])[:]["label"])
+    empty = [name for number, name in enumerate(names or []) if number not in seen]
+    if empty:
+        logger.warning(f"{len(empty)} of {len(names or [])} classes have no training images, so that they cannot be learned: {empty[:20]}")
     return train, evaluation
 
 
@@ -221,24 +237,36 @@ def is_grey(image: Image.Image) -> bool:
 
 
 def converted(image: Image.Image, mode: str) -> Image.Image:
-    """The image in `mode`, "L" or "RGB", with 8 bits a channel."""
-    if image.mode == "I" and np.asarray(image).max() < 256:
-        raise ValueError("32-bit pixels, none of them above 255, have no known range: save the image with 8 or 16 bits a pixel")
+    """The image in `mode`, "L" or "RGB", with 8 bits a channel; what is transparent shows white behind it.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    if image.mode.startswith("I") and 0 < np.asarray(image).max() < 256:  # 0 alone is black in any range
+        bits, instead = (32, "8 or 16 bits") if image.mode == "I" else (16, "8 bits")
+        raise ValueError(
+            f"{bits}-bit pixels, none of them above 255, have no known range: save the image with {instead} a pixel, or scaled to the full 16 bits"
+        )
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
+    elif image.has_transparency_data:  # by itself Pillow shows the colours that lie unseen under transparent pixels
+        seen = image.convert("RGBA")
+        if np.asarray(seen)[..., 3].min() < 255:
+            image = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen)
     return image.convert(mode)
 
 
 def read_pixels(batch: dict[str, list], processor: Any, mode: str, keep: bool = True) -> dict[str, list]:
     """Encoded images to `pixels`, the bytes of a (height, width, channels) uint8 array of the processor's size.
 
-    `problem` tells why an image could not be read ("" if it could), `changed` whether colour was lost or grey made colour.
+    `problem` tells why an image could not be read ("" if it could), `changed` whether colour was lost or grey made colour, `greatest` the greatest value
+    of an image of more than 8 bits a pixel (else None).
     """
-    out: dict[str, list] = {"pixels": [], "problem": [], "changed": []}
+    out: dict[str, list] = {"pixels": [], "problem": [], "changed": [], "greatest": []}
     for number, encoded in enumerate(batch["image"]):
-        pixels, problem, changed = b"", "", False
+        pixels, problem, changed, greatest = b"", "", False, None
         try:
             image = datasets.Image().decode_example(encoded)
             changed = is_grey(image) != (mode == "L")
@@ -248,7 +276,8 @@ def read_pixels(batch: dict[str, list], processor: Any, mode: str, keep: bool = 
         else:
             sized = processor(array, input_data_format="channels_last", do_rescale=False, do_normalize=False)["pixel_values"][0]
             pixels = np.ascontiguousarray(np.asarray(sized).transpose(1, 2, 0)).tobytes()
-        for name, value in (("pixels", pixels if keep else b""), ("problem", problem), ("changed", changed)):
+            greatest = int(np.asarray(image).max()) if image.mode.startswith("I") else None
+        for name, value in (("pixels", pixels if keep else b""), ("problem", problem), ("changed", changed), ("greatest", greatest)):
             out[name].append(value)
     return out
 
@@ -275,6 +304,7 @@ def decode(rows: datasets.Dataset, processor: Any, mode: str, keep: bool, bad_im
                 "pixels": datasets.Value("binary"),
                 "problem": datasets.Value("string"),
                 "changed": datasets.Value("bool"),
+                "greatest": datasets.Value("int64"),
             }
         ),
         desc=f"Reading the images of the split {split}",
@@ -293,9 +323,15 @@ def decode(rows: datasets.Dataset, processor: Any, mode: str, keep: bool, bad_im
     if changed:
         what = "are in colour and were made grey" if mode == "L" else "are grey and were made RGB"
         logger.warning(f"{changed} of {len(good)} images of the split {split} {what}, as the model wants them; see --channels")
+    greatest = max((value for value in found.select_columns(["greatest"])[:]["greatest"] if value is not None), default=0)
+    if 0 < greatest < 4096:
+        logger.warning(
+            f"images of the split {split} have 16 bits a pixel, but no value above {greatest}, as of 12 bits or fewer: of 256 levels they keep "
+            f"{(greatest >> 8) + 1}; scale their values to the full range, 0 to 65535"
+        )
     if not keep:
         return rows.select(good).with_transform(lambda batch: {**batch, **read(batch)}), len(bad)
-    found = found.remove_columns(["problem", "changed"])
+    found = found.remove_columns(["problem", "changed", "greatest"])
     return (found.select(good) if bad else found), len(bad)
 
 

@@ -47,7 +47,6 @@ from image_data import (
     DataArguments,
     ImageCollator,
     Pixels,
-    converted,
     decode,
     images_hash,
     is_grey,
@@ -65,6 +64,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
+    EvalPrediction,
     HfArgumentParser,
     Trainer,
     TrainerCallback,
@@ -507,6 +507,16 @@ def logits_of(predictions: Any) -> np.ndarray:
     return predictions[0] if isinstance(predictions, tuple) else predictions
 
 
+def evaluation_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy and mean cross-entropy, of each image once.
+
+    On several ranks Trainer's own loss is the mean of batches that are filled up with other images where they do not divide evenly; "loss" takes its place.
+    """
+    logits, labels = logits_of(prediction.predictions), prediction.label_ids
+    loss = F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels)).item()
+    return {**Accuracy().compute(predictions=logits.argmax(-1), references=labels), "loss": loss}
+
+
 # --- the run ---
 
 
@@ -531,7 +541,7 @@ def main(arguments: list[str] | None = None) -> dict:
         images = readable_images(train)
         processor, mode = build_processor(options, data, images)
         names = train.features["label"].names
-        example = np.atleast_3d(np.asarray(converted(images[0], mode)))
+        example = np.atleast_3d(np.asarray(Image.new(mode, images[0].size)))  # its size alone counts; whether it can be used `decode` tells
         sized = processor(example, input_data_format="channels_last", do_rescale=False, do_normalize=False)["pixel_values"][0]
         pixels = Pixels(processor, (*sized.shape[1:], sized.shape[0]))
         model: Any = build_model(options, names, pixels.shape)
@@ -568,7 +578,6 @@ def main(arguments: list[str] | None = None) -> dict:
             "--per_device_train_batch_size 1: what an augmentation draws follows from the images of a batch, so that one alone would be changed alike in every "
             "epoch; take at least 2, or leave the augmentation out (--crop_padding 0 --flip false)"
         )
-    metric = Accuracy()
     trainer = ImageTrainer(
         model=model,
         args=training,
@@ -577,7 +586,7 @@ def main(arguments: list[str] | None = None) -> dict:
         processing_class=processor,
         data_collator=ImageCollator(pixels, training.channels_last),
         train_collator=ImageCollator(pixels, training.channels_last, augmentation, training.seed),
-        compute_metrics=lambda p: metric.compute(predictions=logits_of(p.predictions).argmax(-1), references=p.label_ids),
+        compute_metrics=evaluation_metrics,
         optimizer_cls_and_kwargs=muon_adamw(training),
     )
     trainer.callback_handler.callbacks.insert(0, RevDEQCallback())  # ahead of the reporting ones
@@ -585,6 +594,11 @@ def main(arguments: list[str] | None = None) -> dict:
     # not by evaluate before train: on several ranks accelerate 1.15 takes a model so evaluated for prepared, and trains it without exchanging gradients
     training.eval_on_start = resume is None
     trained = trainer.train(resume_from_checkpoint=resume)
+    if trainer.state.max_steps > 0 and not trainer.state.global_step:  # Trainer ends without an error where there is no batch
+        raise ValueError(
+            f"nothing was trained: {len(train)} training images make no whole batch of --per_device_train_batch_size {training.per_device_train_batch_size} on "
+            f"each of {training.world_size} processes; take smaller batches, or leave out --dataloader_drop_last {str(training.dataloader_drop_last).lower()}"
+        )
     before: dict = next((entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry), {})
     if trainer.is_fsdp_enabled:  # whole weights at the end, whatever the checkpoints hold
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -335,6 +335,47 @@ def test_evaluation_keeps_the_last_batch(image, tmp_path):
     assert trainer.args.dataloader_drop_last
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_evaluations_loss_is_that_of_each_image_once(image, tmp_path, flip):
+    """On several ranks Trainer's own is the mean of batches that were filled up; on one the two are the same, whatever the training's loss is."""
+    settings = dict(per_device_eval_batch_size=8, label_smoothing_factor=0.3, residual_weight=0.5, test_flip=flip)
+    trainer = small_trainer(image, tmp_path, **settings)
+    own = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval").metrics["eval_loss"]  # evaluate without metrics would not flip
+    trainer.compute_metrics = image.evaluation_metrics
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(own, rel=1e-6)
+    step = trainer.prediction_step
+    trainer.prediction_step = lambda *arguments, **kwargs: (torch.tensor(9.0), *step(*arguments, **kwargs)[1:])
+    predicted = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+    assert predicted.metrics["eval_loss"] == metrics["eval_loss"]
+
+    logits, *figures = predicted.predictions
+    five = image.EvalPrediction(predictions=(logits[:5], *(figure[:5] for figure in figures)), label_ids=predicted.label_ids[:5])
+    found, expected = image.evaluation_metrics(five), F.cross_entropy(torch.tensor(logits[:5]), torch.tensor([0, 1, 2, 0, 1]))
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    assert found["accuracy"] == (logits[:5].argmax(-1) == [0, 1, 2, 0, 1]).mean()
+
+
+def test_the_loss_that_is_reported_is_not_trainers_mean_of_batches(image, folder, tmp_path, monkeypatch):
+    step = image.ImageTrainer.prediction_step
+    monkeypatch.setattr(
+        image.ImageTrainer, "prediction_step", lambda *arguments, **kwargs: (torch.tensor(9.0), *step(*arguments, **kwargs)[1:])
+    )
+    results = image.main([*folders(folder), *TINY, "--max_steps", "1", "--output_dir", str(tmp_path)])
+    assert 0 < results["loss"] < 5
+    assert 0 < results["loss_before"] < 5
+
+
+def test_a_run_without_an_update_is_an_error(image, folder, tmp_path):
+    arguments = [*folders(folder), *TINY, "--max_steps", "2", "--max_train_images", "3", "--output_dir", str(tmp_path)]
+    message = "3 training images make no whole batch of --per_device_train_batch_size 8 .*leave out --dataloader_drop_last true"
+    with pytest.raises(ValueError, match=message):
+        image.main([*arguments, "--dataloader_drop_last", "true"])
+    assert not (tmp_path / "results.json").exists()
+    assert image.main([*arguments, "--save_steps", "1"])["updates"] == 2
+    assert image.main([*arguments, "--resume_from_checkpoint", "true", "--dataloader_drop_last", "true"])["updates"] == 2  # complete
+
+
 # --- averaged weights, schedules ---
 
 
@@ -587,6 +628,85 @@ def test_pixels_of_sixteen_bits_are_scaled_not_clipped(data):
     for kind in (np.float32, np.int32):
         with pytest.raises(ValueError, match="no known range"):
             data.converted(Image.fromarray(np.full((2, 2), 200, dtype=kind)), "L")
+
+
+def test_eight_bits_saved_as_sixteen_are_refused_not_made_black(data, tmp_path):
+    """Pillow 13 opens such files as "I;16", earlier ones as "I"."""
+    pixels = np.full((2, 2), 200, dtype=np.uint16)
+    for order in ("I;16", "I;16B"):
+        with pytest.raises(ValueError, match=r"16-bit pixels, none of them above 255, have no known range: .* 8 bits a pixel"):
+            data.converted(Image.frombytes(order, (2, 2), pixels.astype("<u2" if order == "I;16" else ">u2").tobytes()), "L")
+    Image.fromarray(pixels).save(tmp_path / "small.png")
+    with pytest.raises(ValueError, match="none of them above 255"):
+        data.converted(Image.open(tmp_path / "small.png"), "L")
+    assert not np.asarray(data.converted(Image.fromarray(0 * pixels), "L")).any()  # black in any range
+
+
+@pytest.mark.parametrize(("greatest", "levels"), [(4095, 16), (1000, 4), (4096, None)])
+def test_sixteen_bits_of_which_twelve_are_used_are_told_once(data, tmp_path, monkeypatch, greatest, levels):
+    for number in range(3):
+        Image.fromarray(np.array([[0, greatest - number % 2]], dtype=np.uint16)).save(tmp_path / f"{number}.png")
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / f"{number}.png") for number in range(3)], "label": [0, 1, 0]})
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    told: list[str] = []
+    monkeypatch.setattr(data.logger, "warning", told.append)
+    found, _ = data.decode(rows, ViTImageProcessorPil(size={"height": 1, "width": 2}), "L", True, "refuse", "train")
+    assert [row["pixels"][0] for row in found] == [0, 0, 0]
+    assert len(told) == (levels is not None)
+    if levels is not None:
+        assert f"no value above {greatest}" in told[0]
+        assert f"they keep {levels}; scale their values to the full range, 0 to 65535" in told[0]
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "RGB", "L"])
+def test_transparent_pixels_are_white_and_opaque_ones_as_they_were(data, tmp_path, kind):
+    grey, alpha = np.array([[7, 7, 90]], dtype=np.uint8), np.array([[0, 255, 128]], dtype=np.uint8)
+    image = Image.fromarray(np.stack([grey, grey, grey, alpha], -1)).convert(kind)
+    expected, settings = [255, 7, 172], {}  # 90 * 128 / 255 + 127
+    if kind == "P":  # a palette knows transparency by an entry's number
+        image = Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8), "L").convert("P")
+        image.putpalette([7, 7, 7, 7, 7, 7, 90, 90, 90])
+        settings = {"transparency": bytes([0, 255, 128])}
+    elif kind in ("RGB", "L"):  # one colour alone is transparent
+        expected, settings = [255, 255, 90], {"transparency": (7, 7, 7) if kind == "RGB" else 7}
+    image.save(tmp_path / "seen.png", **settings)
+    for mode in ("L", "RGB"):
+        pixels = np.atleast_3d(np.asarray(data.converted(Image.open(tmp_path / "seen.png"), mode)))
+        assert all(np.abs(channel.astype(int) - expected).max() <= 1 for channel in np.moveaxis(pixels, -1, 0))
+    opaque = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    for mode in ("L", "RGB"):
+        assert data.converted(opaque.convert("RGBA"), mode).tobytes() == opaque.convert(mode).tobytes()
+
+
+def test_the_first_image_may_be_one_to_skip(image, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    Image.fromarray(np.full((9, 11), 200, dtype=np.uint16)).save(tmp_path / "data" / "train" / "dark" / "0.png")
+    arguments = [*folders(tmp_path / "data"), *TINY, "--max_steps", "1", "--output_dir", str(tmp_path / "out"), "--channels", "3"]
+    assert image.main([*arguments, "--bad_images", "skip"])["unreadable_images"] == 1
+
+
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["in the validation images", "nowhere"])
+def test_a_class_without_training_images_is_told(image, data, folder, tmp_path, monkeypatch, elsewhere):
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "train" / "void").mkdir()
+    if elsewhere:
+        shutil.copytree(folder / "valid" / "dark", tmp_path / "data" / "valid" / "void")
+    told: list[str] = []
+    monkeypatch.setattr(data.logger, "warning", told.append)
+    train, valid = (str(tmp_path / "data" / split) for split in ("train", "valid"))
+    rows, _ = image.load_images(image.DataArguments(train_dir=train, validation_dir=valid))
+    assert rows.features["label"].names == (["dark", "light", "void"] if elsewhere else ["dark", "light"])
+    expected = "1 of 3 classes have no training images, so that they cannot be learned" if elsewhere else "folders without images"
+    assert len(told) == 1
+    assert expected in told[0]
+    assert "['void']" in told[0]
+
+
+@pytest.mark.parametrize("values", [[5], ["x"]], ids=str)
+def test_one_class_alone_is_refused(image, tmp_path, values):
+    train = parquet(tmp_path / "train.parquet", values, values, declared=False)
+    with pytest.raises(ValueError, match=rf"'fine_label' must have at least two classes, got \['{values[0]}'\].*--label_column"):
+        image.load_images(image.DataArguments(train_file=train, label_column="fine_label"))
 
 
 @pytest.mark.parametrize(
