@@ -364,9 +364,15 @@ def sudoku_file(path: str | Path, count: int, seed: int) -> Dataset:
     with `#` and empty ones are skipped. Solutions are found here: 0.1 s for each of the hardest, up to a second for one of 17 givens.
 
     Raises:
-        ValueError: there is no puzzle, a line is none, or a puzzle drawn has no solution or more than one.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no text, there is no puzzle, a line is none, or a puzzle drawn has no solution or more than one.
     """
-    lines = enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {str(path)!r}; expected a text file with lines of 81 digits or dots")
+    try:
+        lines = enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file ({error}); expected lines of 81 digits or dots") from error
     puzzles = [(number, re.split(r"[\s,]", line.strip())[0]) for number, line in lines if line.strip() and line.strip()[0] != "#"]
     if not puzzles:
         raise ValueError(f"{path} holds no puzzle; expected lines of 81 digits or dots")

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from revdeq_hf import diagnose, logit_lens
 from revdeq_hf.training import print_table
@@ -26,6 +26,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None, help="steps of the solve to look at; default: twice the model's own")
     parser.add_argument("--output", default=None, help="folder for the figures; default: that of the model")
     options = parser.parse_args(arguments)
+    config = AutoConfig.from_pretrained(options.model)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # it has no tokenizer either, of which transformers would say less
+        kind = ", ".join(config.architectures or [type(config).__name__])
+        raise ValueError(
+            f"--model: {options.model!r} is a {kind} (model_type {config.model_type!r}); expected a language model, as train_language.py saves"
+        )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     folder = Path(options.output or options.model)

@@ -460,7 +460,7 @@ def how_difficult(rows: Dataset, size: int | str) -> list[int]:
 
 
 def check_tests(data: ProblemArguments, problem: Problem) -> None:
-    """Raises ValueError for tests that could not be made, which would else be told after the training."""
+    """Raises an error for tests that could not be made, which would else be told after the training."""
     steps = data.test_steps or problem.test_steps
     for name, value, good, expected in (
         ("test_count", data.test_count, data.test_count >= 1, "at least 1"),

@@ -28,6 +28,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -241,7 +242,7 @@ def load_text(data: DataArguments) -> tuple[datasets.DatasetDict, datasets.Itera
         FileNotFoundError: a named file is missing.
         ValueError: the text column or the training split is missing, or a split holds no text.
     """
-    files = {split: getattr(data, f"{split}_file") for split in SPLITS if getattr(data, f"{split}_file")}
+    files = named_files(data)
     if data.dataset_name and files:
         raise ValueError("give either --dataset_name or --train_file, not both")
     if files and "train" not in files:
@@ -252,6 +253,8 @@ def load_text(data: DataArguments) -> tuple[datasets.DatasetDict, datasets.Itera
         for split, name in files.items():
             if not Path(name).is_file():
                 raise FileNotFoundError(f"--{split}_file: there is no file {name!r}")
+            if not Path(name).stat().st_size:
+                raise ValueError(f"--{split}_file: {name!r} is empty")
         loaded = load_files(files, data.streaming)
     else:
         folder = sysconfig.get_path("stdlib")
@@ -278,6 +281,8 @@ def load_text(data: DataArguments) -> tuple[datasets.DatasetDict, datasets.Itera
     if "test" not in loaded:
         loaded["test"] = loaded["validation"]
     for split in SPLITS:
+        if not len(loaded[split]):  # a stream of few rows may keep none to validate on
+            raise ValueError(f"split {split!r} holds no rows; give a --{split}_file that does")
         if data.text_column not in loaded[split].column_names:
             raise ValueError(
                 f"no column {data.text_column!r} in split {split!r}, which has {loaded[split].column_names}; see --text_column"
@@ -292,11 +297,15 @@ def load_text(data: DataArguments) -> tuple[datasets.DatasetDict, datasets.Itera
     return datasets.DatasetDict({split: loaded[split] for split in SPLITS}), stream
 
 
+def named_files(data: DataArguments) -> dict[str, str]:
+    return {split: getattr(data, f"{split}_file") for split in SPLITS if getattr(data, f"{split}_file")}
+
+
 def load_files(files: dict[str, str], streaming: bool) -> datasets.DatasetDict:
     """The named file of each split. What is no table is text, a row for each line.
 
     Raises:
-        ValueError: they are of several kinds, of one that is not known, or not UTF-8.
+        ValueError: they are of several kinds, or of one that is not known.
     """
     kinds = {}
     for split, name in files.items():
@@ -309,12 +318,23 @@ def load_files(files: dict[str, str], streaming: bool) -> datasets.DatasetDict:
             f"the files of all splits must be of one kind, got {', '.join(f'{name} ({kind})' for name, kind in kinds.items())}"
         )
     kind = next(iter(kinds.values()))
-    more = {"keep_linebreaks": True} if kind == "text" else {}
+    # the mark that some editors put at the beginning of a file is no part of its text; readers of tables leave it out by themselves
+    more = {"keep_linebreaks": True, "encoding": "utf-8-sig"} if kind == "text" else {}
+    return datasets.load_dataset(kind, data_files=files, streaming=streaming, **more)
+
+
+@contextmanager
+def reading(files: dict[str, str]) -> Iterator[None]:
+    """A ValueError that names the files where datasets finds them without rows or not UTF-8: of json and of a stream not before their rows are read."""
     try:
-        return datasets.load_dataset(kind, data_files=files, streaming=streaming, **more)
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise ValueError(f"one of {', '.join(files.values())} is not UTF-8; convert it first ({error.__cause__})") from error
+        yield
+    except (datasets.exceptions.DatasetGenerationError, UnicodeDecodeError) as error:
+        cause = error if isinstance(error, UnicodeDecodeError) else error.__cause__
+        names = " or ".join(dict.fromkeys(files.values())) or "the data set"
+        if isinstance(cause, UnicodeDecodeError):
+            raise ValueError(f"{names} is not UTF-8; convert it first ({cause})") from error
+        if isinstance(cause, datasets.arrow_writer.SchemaInferenceError):
+            raise ValueError(f"{names} holds no rows") from error
         raise
 
 
@@ -366,7 +386,7 @@ def train_tokenizer(rows: datasets.Dataset, column: str, vocab_size: int) -> Pre
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=True
     )
-    tokenizer.train_from_iterator((row[column] for row in rows), trainer, length=len(rows))
+    tokenizer.train_from_iterator((row[column] or "" for row in rows), trainer, length=len(rows))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
     )
@@ -413,8 +433,11 @@ class Stream(torch.utils.data.IterableDataset):
     tear texts apart.)
     """
 
-    def __init__(self, rows: datasets.IterableDataset, sequences: Callable[[], Callable], buffer: int, seed: int) -> None:
+    def __init__(
+        self, rows: datasets.IterableDataset, sequences: Callable[[], Callable], buffer: int, seed: int, files: dict[str, str] | None = None
+    ) -> None:
         self.rows, self.sequences, self.buffer, self.seed = rows, sequences, buffer, seed
+        self.files = files or {}  # by whose names errors call them
 
     def __iter__(self) -> Iterator[dict]:
         make = self.sequences()
@@ -427,10 +450,11 @@ class Stream(torch.utils.data.IterableDataset):
                 return
 
     def read(self, make: Callable[[dict], dict]) -> Iterator[dict]:
-        for row in self.rows:
-            made = make({"input_ids": [row["input_ids"]]})
-            for ids, labels in zip(made["input_ids"], made["labels"], strict=True):
-                yield {"input_ids": ids, "labels": labels}
+        with reading(self.files):
+            for row in self.rows:
+                made = make({"input_ids": [row["input_ids"]]})
+                for ids, labels in zip(made["input_ids"], made["labels"], strict=True):
+                    yield {"input_ids": ids, "labels": labels}
 
 
 def shuffled(items: Iterable[dict], size: int, generator: random.Random) -> Iterator[dict]:
@@ -614,7 +638,7 @@ def main(arguments: list[str] | None = None) -> dict:
     set_seed(training.seed)
     began = time.perf_counter()
 
-    with training.main_process_first(desc="preparing the data"):
+    with training.main_process_first(desc="preparing the data"), reading(named_files(data)):
         rows, stream = load_text(data)
         # a tokenizer trained on a text that has changed since would give the tokens of the weights other meanings
         saved = data.tokenizer_name or resume or options.model_name_or_path
@@ -629,7 +653,7 @@ def main(arguments: list[str] | None = None) -> dict:
         settings: dict[str, Any] = {"size": data.block_size, "end": tokenizer.eos_token_id}
         stream = stream.map(tokenize(tokenizer, data.text_column, separate), batched=True, remove_columns=rows["train"].column_names)
         sequences = partial(Packed, **settings) if data.pack else partial(partial, unpacked, **settings)
-        train = Stream(stream, sequences, data.shuffle_buffer, training.seed)
+        train = Stream(stream, sequences, data.shuffle_buffer, training.seed, {"train": data.train_file} if data.train_file else None)
         # rank 0 reads for all; it cannot hand out batches of unequal length, though, which each rank reads for itself
         training.accelerator_config.dispatch_batches = data.pack
     pad = tokenizer.pad_token or tokenizer.eos_token
@@ -660,6 +684,11 @@ def main(arguments: list[str] | None = None) -> dict:
     # not by evaluate before train: on several ranks accelerate 1.15 takes a model so evaluated for prepared, and trains it without exchanging gradients
     training.eval_on_start = resume is None
     trained = trainer.train(resume_from_checkpoint=resume)
+    if not trainer.state.global_step and (training.max_steps > 0 or training.num_train_epochs > 0):
+        raise ValueError(
+            f"no update was made: of {len(blocks['train'])} sequences no batch of --per_device_train_batch_size {training.per_device_train_batch_size} "
+            f"could be made with --dataloader_drop_last {str(training.dataloader_drop_last).lower()}; give smaller batches, or drop none"
+        )
     before: dict = next((entry for entry in trainer.state.log_history if entry["step"] == 0 and "eval_loss" in entry), {})
     if trainer.is_fsdp_enabled:  # whole weights at the end, whatever the checkpoints hold
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

@@ -1,6 +1,7 @@
 """The language script end to end on small data, packed, padded and streamed, interrupted and resumed, and with unusable input; the help of both scripts."""
 
 import gzip
+import importlib
 import importlib.util
 import itertools
 import json
@@ -21,8 +22,9 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from revdeq_hf import RevDEQForImageClassification, RevDEQVisionConfig
 from revdeq_hf.checkpoints import last_whole_checkpoint
-from revdeq_hf.training import text_hash
+from revdeq_hf.training import text_hash, text_size
 
 
 def load(name: str):
@@ -294,6 +296,67 @@ def test_compressed_tables_are_read_as_tables(language, tmp_path):
     assert set(loaded["train"]["text"]) | set(loaded["validation"]["text"]) == {f"line {number} of the text" for number in range(50)}
 
 
+@pytest.mark.parametrize("streaming", ["false", "true"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_empty_cell_is_an_empty_text(language, tmp_path, kind, streaming):
+    """Of a table that leaves out the cell, or names a null in it."""
+    rows: list[str | None] = [f"line {number} of the text" for number in range(60)]
+    runs = []
+    for name, empty in (("a", None), ("b", "")):
+        file = tmp_path / f"{name}.{kind}"
+        if kind == "csv":  # where both are an empty cell
+            file.write_text("number,text\n" + "".join(f"{number},{text}\n" for number, text in enumerate([*rows, "", *rows, ""])))
+        else:
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*rows, empty, *rows, empty]))
+        files = dict.fromkeys(("train", "validation", "test"), str(file))
+        runs.append(language.main(language_arguments(tmp_path / name, files, "--max_steps", "2", "--streaming", streaming)))
+    one, other = runs
+    assert one["data_sha256"] == other["data_sha256"]
+    assert one["test"]["word_perplexity"] == other["test"]["word_perplexity"]
+    assert text_size(["a b\n", None, "c"]) == {"words": 4, "bytes": 5}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
+def test_the_mark_at_the_beginning_of_a_file_is_no_text(language, tmp_path, kind, streaming):
+    lines = [json.dumps({"text": f"line {number}"}) if kind == "jsonl" else f"line {number}" for number in range(20)]
+    (tmp_path / f"t.{kind}").write_text("\n".join((["text"] if kind == "csv" else []) + lines) + "\n", encoding="utf-8-sig")
+    data = language.DataArguments(**dict.fromkeys(("train_file", "validation_file"), str(tmp_path / f"t.{kind}")), streaming=streaming)
+    loaded, stream = language.load_text(data)
+    assert [text.strip() for text in loaded["train"]["text"]] == [f"line {number}" for number in range(20)]
+    if stream is not None:
+        assert next(iter(stream))["text"].strip() == "line 0"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_that_is_not_utf8_further_on_is_told_by_its_name(language, tmp_path, workers):
+    file = tmp_path / "late.txt"
+    file.write_bytes(b"alpha beta gamma\n" * 700_000 + "h\u00e9h\u00e9\n".encode("latin-1"))  # of more than the 10 MB that are read at once
+    rows = datasets.load_dataset("text", data_files=str(file), split="train", streaming=True)
+    rows = rows.map(lambda batch: {"input_ids": [[1, 2]] * len(batch["text"])}, batched=True, remove_columns=["text"])
+    stream = language.Stream(rows, lambda: lambda batch: batch | {"labels": batch["input_ids"]}, 1, 0, {"train": str(file)})
+    with pytest.raises(ValueError, match=r"late\.txt is not UTF-8; convert it first") as told:
+        for _ in DataLoader(stream, batch_size=None, num_workers=workers):
+            pass
+    assert not isinstance(told.value, UnicodeDecodeError)
+
+
+def test_a_training_of_no_update_is_no_success(language, text_files, tmp_path):
+    flags = ("--dataloader_drop_last", "true", "--per_device_train_batch_size", "4096", "--per_device_eval_batch_size", "1")
+    with pytest.raises(ValueError, match=r"no update was made: .* --per_device_train_batch_size 4096 .*--dataloader_drop_last true"):
+        language.main(language_arguments(tmp_path, text_files, *flags))
+    assert not (tmp_path / "results.json").exists()
+    none = language.main(language_arguments(tmp_path, text_files, "--max_steps", "-1", "--num_train_epochs", "0"))  # as asked for
+    assert none["updates"] == 0
+
+
+def test_an_image_model_has_no_text_to_show(scripts, tmp_path):
+    config = RevDEQVisionConfig(image_size=8, num_channels=1, hidden_sizes=[8], expansion_ratios=[1], num_labels=2, group_width=8)
+    RevDEQForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a RevDEQForImageClassification \(model_type 'revdeq_vision'\); expected a language model"):
+        importlib.import_module("show_fixed_point").main(["--model", str(tmp_path)])
+
+
 def test_a_sample_ends_where_learned_positions_do(language, text_files, tmp_path, capsys):
     arguments = language_arguments(tmp_path, text_files, "--max_steps", "2", "--block_type", "paper", "--sample_tokens", "120")
     assert language.main(arguments)["updates"] == 2
@@ -443,6 +506,11 @@ def test_widths_that_a_model_hands_on_to_its_text_model_are_not_idle(language):
         (["--train_file", "{train}", "--validation_file", "{table}"], r"must be a text, csv, json or parquet file, got .*table\.tsv"),
         (["--train_file", "{numbers}", "--text_column", "n"], "column 'n' of split 'train' must hold texts, got Value"),
         (["--train_file", "{latin}"], "latin.txt is not UTF-8; convert it first"),
+        (["--train_file", "{latin}", "--streaming", "true"], "latin.txt is not UTF-8; convert it first"),
+        (["--train_file", "{json}"], "latin.jsonl is not UTF-8; convert it first"),
+        (["--train_file", "{train}", "--validation_file", "{nothing}"], "--validation_file: .*nothing.txt' is empty"),
+        (["--train_file", "{mark}"], "mark.txt holds no rows"),
+        (["--train_file", "{mark}", "--streaming", "true"], "split 'train' holds no rows; give a --train_file that does"),
         (["--train_file", "{train}", "--steps_sampling", "uniform"], "--steps_sampling must be JSON such as '{\"distribution"),
         (["--train_file", "{train}", "--dataset_name", "x"], "not both"),
         (["--train_file", "{train}", "--beta", "1"], "must not be 1"),
@@ -456,7 +524,7 @@ def test_widths_that_a_model_hands_on_to_its_text_model_are_not_idle(language):
         (["--train_file", "{train}", "--streaming", "true", "--shuffle_buffer", "0"], "--shuffle_buffer must be at least 1, got 0"),
         (["--shuffle_buffer", "16"], "--shuffle_buffer would have no effect: it is that of --streaming true"),
         (["--model_type", "gpt2", "--intermediate_size", "64"], "--intermediate_size would have no effect: a model of type 'gpt2' has"),
-        (["--train_file", "{train}", "--fp16", "true", "--use_cpu", "true"], "--bf16 true instead"),
+        (["--train_file", "{train}", "--fp16", "true", "--use_cpu", "true"], "--bf16 true --use_cpu true instead"),
         (["--train_file", "{train}", "--model_name_or_path", "{bare}"], "no tokenizer in .*--tokenizer_name"),
         (["--train_file", "{train}", "--model_name_or_path", "{bare}", "--tokenizer_name", "{large}"], "256 on lie outside"),
         (["--model_name_or_path", "{bare}", "--hidden_size", "64"], "--hidden_size would have no effect: '.*' has a network already"),
@@ -474,6 +542,9 @@ def test_unusable_input_of_the_language_script_is_told(language, text_files, tok
         "revdeq_hf.RevDEQForCausalLM.forward", lambda *_, **__: pytest.fail("a step was computed before the input was refused")
     )
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "nothing.txt").write_text("")
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "h\u00e9"}\n'.encode("latin-1") * 50)  # whose first row can be read
     (tmp_path / "short.txt").write_text("one\ntwo\n" * 15)
     (tmp_path / "line.txt").write_text("a b c d e f g h" * 40 + "\n")
     (tmp_path / "latin.txt").write_bytes("h\u00e9h\u00e9\n".encode("latin-1") * 200)
@@ -486,8 +557,9 @@ def test_unusable_input_of_the_language_script_is_told(language, text_files, tok
     language.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "endless")
     names = {
         "{train}": text_files["train"],
-        **{f"{{{name}}}": str(tmp_path / f"{name}.txt") for name in ("empty", "short", "line", "latin")},
+        **{f"{{{name}}}": str(tmp_path / f"{name}.txt") for name in ("empty", "short", "line", "latin", "nothing", "mark")},
     }
+    names["{json}"] = str(tmp_path / "latin.jsonl")
     names |= {"{numbers}": str(tmp_path / "numbers.csv"), "{table}": str(tmp_path / "table.tsv")}
     names |= {f"{{{name}}}": str(tmp_path / name) for name in ("bare", "large", "endless")}
     filled = [names.get(argument, argument) for argument in arguments]

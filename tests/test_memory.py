@@ -345,7 +345,10 @@ def test_the_command(tmp_path, capsys, request):
         assert first.startswith(f"{plan.at_peak[0].what} {show_bytes(plan.at_peak[0].bytes)} {plan.at_peak[0].bytes / plan.peak:.1%}")
         assert last.startswith(f"others {show_bytes(plan.at_peak[-1].bytes)}")
 
-    for wrong, error in ((["--length", "-3"], "length must be a whole number >= 1, got -3"), (["--budget", "much"], "much")):
+    for wrong, error in (
+        (["--length", "-3"], "length must be a whole number >= 1, got -3"),
+        (["--budget", "much"], "expected bytes such as 24GB"),
+    ):
         with pytest.raises(SystemExit):
             main([str(tmp_path), *wrong])
         assert error in capsys.readouterr().err

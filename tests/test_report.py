@@ -408,7 +408,33 @@ def test_report_of_a_run_without_figures_has_empty_panels(tmp_path):
     assert (tmp_path / "report.png").is_file()
 
 
-def test_a_folder_without_a_run_is_told_in_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "nowhere")])
-    assert capsys.readouterr().err.splitlines()[-1].startswith("python -m revdeq_hf.report: error: ")
+def test_what_cannot_be_reported_is_told_in_one_line(tmp_path, capsys):
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"log_history": []}))
+    (tmp_path / "odd.png").mkdir()
+    for folder, output, message in (
+        ("nowhere", None, "there is no run in "),
+        (".", "nowhere/x.png", r"--output: there is no folder '.*nowhere' to write the figure to"),
+        (".", "x.xyz", r"--output: expected a picture that ends in one of .*png.*, got '.*x\.xyz'"),
+        (".", "odd.png", "--output: .* is a folder"),
+    ):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / folder), *([] if output is None else ["--output", str(tmp_path / output)])])
+        assert re.match(f"python -m revdeq_hf.report: error: {message}", capsys.readouterr().err.splitlines()[-1])
+    for damaged, message in (('{"log_his', "is cut short or damaged"), ("[1]", "must hold a JSON object with log_history")):
+        state.write_text(damaged)
+        with pytest.raises(SystemExit):
+            main([str(tmp_path)])
+        assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_state_cut_short_is_replaced_by_that_of_the_newest_checkpoint(tmp_path, capsys):
+    train(text_model(), tmp_path, RevDEQCallback(), max_steps=4, logging_steps=1, save_strategy="steps", save_steps=1)
+    for cut in (tmp_path, tmp_path / "checkpoint-4"):
+        (cut / "trainer_state.json").write_text('{"log_his')
+    with pytest.warns(UserWarning, match=r"trainer_state\.json' is cut short .*up to checkpoint-3, the newest whole checkpoint"):
+        assert summary(read_run(tmp_path))["updates"] == 3
+    capsys.readouterr()
+    main([str(tmp_path)])
+    assert "this is the run up to checkpoint-3, the newest whole checkpoint." in capsys.readouterr().out
+    assert (tmp_path / "report.png").is_file()

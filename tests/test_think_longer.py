@@ -119,6 +119,12 @@ def test_puzzles_of_a_file(think, tmp_path, problem):
     with pytest.raises(ValueError, match="line 1: expected 81 digits"):
         think.main(flags(**train | dict(output_dir=tmp_path / "other"), test_file=tmp_path / "broken.txt"))
     assert not (tmp_path / "other" / "model.safetensors").exists()  # told before the training
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    with pytest.raises(ValueError, match=r"binary\.txt is no text file .*expected lines of 81 digits") as told:
+        think.sudoku_file(tmp_path / "binary.txt", 1, 0)
+    assert not isinstance(told.value, UnicodeDecodeError)
+    with pytest.raises(FileNotFoundError, match=r"there is no file '.*nowhere\.txt'; expected a text file with lines of 81 digits"):
+        think.main(flags(**train | dict(output_dir=tmp_path / "other"), test_file=tmp_path / "nowhere.txt"))
 
 
 def test_trained_on_one_side_tested_on_another(think, tmp_path):
