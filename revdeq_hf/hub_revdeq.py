@@ -1,7 +1,7 @@
 # Copyright 2026 The revdeq_hf authors. Licensed under the Apache License, Version 2.0.
 """What does a saved model bring along, so that it loads where this package is not installed?
 
-Its configuration writes it, next to `config.json`: the code files it needs (some 270 kB), `auto_map` with the names of its classes, `requirements.txt`
+Its configuration writes it, next to `config.json`: the code files it needs (some 300 kB), `auto_map` with the names of its classes, `requirements.txt`
 and `LICENSE`. transformers' own way, `register_for_auto_class`, names the saved class only, and takes FSDP2's wrapper class for the model's own.
 """
 
