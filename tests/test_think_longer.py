@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import operator
 
 import numpy as np
 import pytest
@@ -71,7 +72,8 @@ def test_every_problem_from_training_to_pictures(think, tmp_path, problem, sizes
         count = 2 if "contradicting" in row["size"] else 5
         table = {name: row[name] for name in ("settled_right", "settled_wrong", "unsettled_right", "unsettled_wrong")}
         assert sum(table.values()) == count == len(row["residuals"]) == len(row["difficulty"])
-        assert table["settled_right"] + table["settled_wrong"] == sum(residual <= 0.05 for residual in row["residuals"])
+        below, at_most = (sum(told(residual, 0.05) for residual in row["residuals"]) for told in (operator.lt, operator.le))
+        assert below <= table["settled_right"] + table["settled_wrong"] <= at_most  # they are rounded to three digits
         assert table["settled_right"] + table["unsettled_right"] == sum(row["right"]) == round(count * row["exact"])
         assert all(steps <= 6 for steps in row["steps_taken"])
         if problem == "permutations":  # each place stops by itself
