@@ -1,13 +1,15 @@
 """Do two ranks train what one trains, and a run that was stopped what it would have become?
 
-Small models in real processes, two ranks on a CPU over gloo, under DDP and FSDP2, by transformers' Trainer, by the example scripts, and single batches
-without Trainer. What is run and what must agree stands in tests/distributed_worker.py, from which tests/test_distributed.py takes it, too.
+Small models in real processes, two ranks on a CPU over gloo, under DDP, FSDP2 and, where it is installed, DeepSpeed's ZeRO, by transformers' Trainer, by
+the example scripts, and single batches without Trainer. What is run and what must agree stands in tests/distributed_worker.py, from which
+tests/test_distributed.py takes it, too.
 
     python benchmarks/equivalences.py            # rows in results/equivalences.csv; exit code 1 if a pair does not agree as promised
     python benchmarks/equivalences.py --table    # the table of docs/equivalences.md, from the last row of each pair
 """
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from pathlib import Path
@@ -43,7 +45,7 @@ def table() -> None:
     last = {row["pair"]: row for row in kept("equivalences")}
     print("| the two runs | losses | gradients | final weights | predictions | promised |")
     print("|---|---|---|---|---|---|")
-    for pair in (*worker.EQUIVALENCES, *worker.SCRIPT_EQUIVALENCES):
+    for pair in (*worker.EQUIVALENCES, *worker.ZERO_EQUIVALENCES, *worker.SCRIPT_EQUIVALENCES):
         row = last[pair.text]
         cells = ["" if row[kind] == "" else f"{float(row[kind]):.0e} of {float(row[f'{kind}_scale']):.2g}" for kind in KINDS]
         print("|", " | ".join([pair.text, *(cell.replace("0e+00 of", "0 of") for cell in cells), row["promised"]]), "|")
@@ -56,6 +58,8 @@ def main() -> None:
         table()
         return
     pairs, scripts = worker.EQUIVALENCES, worker.SCRIPT_EQUIVALENCES
+    if importlib.util.find_spec("deepspeed"):
+        pairs += worker.ZERO_EQUIVALENCES
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         worker.launch_all(folder, list(dict.fromkeys(run for pair in pairs for run in (pair.other, pair.run))))

@@ -1,7 +1,9 @@
-"""Flags of a command line that would have no effect are refused: whoever gives one expects something of it."""
+"""Flags of a command line that would have no effect, or that a script cannot follow, are refused: whoever gives one expects something of it."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
+
+from transformers import TrainingArguments
 
 
 def given_flags(parser: ArgumentParser, arguments: list[str] | None) -> set[str]:
@@ -17,3 +19,12 @@ def refuse_idle(given: set[str], idle: Iterable[str], reason: str) -> None:
     """A ValueError where one of the `idle` flags is given, which the reason tells why it does nothing."""
     if found := [f"--{name}" for name in idle if name in given]:
         raise ValueError(f"{', '.join(found)} would have no effect: {reason}. Leave {'it' if len(found) == 1 else 'them'} out")
+
+
+def refuse_zero3(training: TrainingArguments) -> None:
+    """A ValueError for DeepSpeed's ZeRO-3, with which no rank has the whole weights that the scripts report on at the end."""
+    if training.deepspeed and training.hf_deepspeed_config.is_zero3():
+        raise ValueError(
+            f"--deepspeed {training.deepspeed}: with ZeRO-3 no rank has whole weights, on which this script reports at its end; use stage 2, or FSDP2 "
+            "(examples/accelerate/fsdp2.yaml). In a Trainer of your own ZeRO-3 works"
+        )

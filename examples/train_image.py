@@ -40,7 +40,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from flags import given_flags, refuse_idle
+from flags import given_flags, refuse_idle, refuse_zero3
 from image_augmentation import Augmentation, soft_cross_entropy
 from image_data import (
     KEPT_BYTES,
@@ -526,6 +526,7 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
     refuse_idle_flags(given_flags(parser, arguments), options, data)
+    refuse_zero3(training)
     command = f"python examples/train_image.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     record = run_record(command, training.device)  # now: the files may be of another commit at the end
     if data.bad_images not in ("refuse", "skip"):

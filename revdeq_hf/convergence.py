@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .diagnostics import sharded_parts
-from .layer_revdeq import SOLVER_ARGUMENTS, FixedPointSolution, ReversibleFixedPoint, fixed_point_layers
+from .layer_revdeq import SOLVER_ARGUMENTS, FixedPointSolution, ReversibleFixedPoint, fixed_point_layers, partitioned
 from .solver_revdeq import per_row
 
 ROUNDING = 1e-4  # residual of a place below which it is squared: what is left there has no direction
@@ -44,8 +44,8 @@ class ResidualLoss:
 
     Raises:
         ValueError: the model has no fixed-point layer.
-        RuntimeError: when called without a call of the model with gradients before; in a model sharded by FSDP2, where a block is evaluated inside its solve
-            alone.
+        RuntimeError: when called without a call of the model with gradients before; in a model sharded by FSDP2 or ZeRO-3, where a block is evaluated
+            inside its solve alone.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,9 +77,10 @@ class ResidualLoss:
     def _measure(self, layer: ReversibleFixedPoint, args: tuple, kwargs: dict[str, Any], solution: FixedPointSolution) -> None:
         if not torch.is_grad_enabled():
             return
-        if sharded_parts(self._model):
+        if sharded_parts(self._model) or partitioned(layer.block.parameters()):
             raise RuntimeError(
-                "ResidualLoss evaluates blocks outside of their solves, which FSDP2 shards as a whole; train with DDP, or without it"
+                "ResidualLoss evaluates blocks outside of their solves, which FSDP2 and DeepSpeed's ZeRO-3 shard as a whole; train with DDP or ZeRO-2, or "
+                "without it"
             )
         if kwargs.get("past_key_values") is not None:
             raise RuntimeError(

@@ -6,9 +6,9 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,7 +67,7 @@ class SolveStatistics:
     shapes: tuple[torch.Size, ...]
     clamped: torch.Tensor
     nonfinite: torch.Tensor
-    counting: torch.Tensor | None = field(default=None, kw_only=True)
+    counting: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         steps, residual = self.steps, self.residual
@@ -81,13 +81,13 @@ class SolveStatistics:
         )
 
 
-@dataclass(repr=False)
-class FixedPointSolution(SolveStatistics):
-    """What a solve returns: its figures, and
+class FixedPointSolution(NamedTuple):
+    """What a solve returns. (A named tuple, since DeepSpeed, FSDP and torch's own hooks look for tensors in tuples.)
 
     Attributes:
         z: the fixed point, of the form of `x` (or `z0`): a tensor, or a tuple of tensors. NaN in every element of a row in which
             the block was not finite.
+        steps, residual, evaluations, shapes, clamped, nonfinite, counting: the figures, see `SolveStatistics`.
         trajectory: where `output_trajectory=True` asked for it, the states after each step, of the form of `z`; else None. They have exact gradients with
             "reversible", "checkpoint" and "backprop", and none with "implicit" and "phantom", which look at the fixed point alone. (Of a row in which f is
             not finite later, "reversible" gives NaN for the states before, too.)
@@ -95,21 +95,25 @@ class FixedPointSolution(SolveStatistics):
     """
 
     z: torch.Tensor | tuple[torch.Tensor, ...]
+    steps: torch.Tensor
+    residual: torch.Tensor | None
+    evaluations: int
+    shapes: tuple[torch.Size, ...]
+    clamped: torch.Tensor
+    nonfinite: torch.Tensor
+    counting: torch.Tensor | None = None
     trajectory: list[torch.Tensor | tuple[torch.Tensor, ...]] | None = None
     step_residuals: torch.Tensor | None = None
 
+    @property
+    def figures(self) -> SolveStatistics:
+        return SolveStatistics(self.steps, self.residual, self.evaluations, self.shapes, self.clamped, self.nonfinite, self.counting)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{str(self.figures).removeprefix(SolveStatistics.__name__)}"
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; the fixed point itself is its `z`")
-
-
-FIGURES = tuple(SolveStatistics.__dataclass_fields__)
-
-# FSDP puts its backward hooks on the tensors that torch's pytree finds in a module's output
-torch.utils._pytree.register_pytree_node(
-    FixedPointSolution,
-    lambda solution: (list(vars(solution).values()), list(vars(solution))),
-    lambda values, names: FixedPointSolution(**dict(zip(names, values, strict=True))),
-)
 
 
 WITH_START = ", from which the state takes its form; with z0= the state has that of z0, and x may be anything that the block takes"
@@ -200,6 +204,8 @@ class ReversibleFixedPoint(nn.Module):
         >>> solution.evaluations
         16
     """
+
+    _z3_leaf = True  # DeepSpeed's ZeRO-3 gathers the parameters once for the whole solve, and once for its backward pass
 
     def __init__(
         self,
@@ -366,7 +372,7 @@ class ReversibleFixedPoint(nn.Module):
         best = solve(self._start(x, 0), *settings)
         for number in range(1, restarts):
             best = better_of(best, solve(self._start(x, number), *settings))
-        self.statistics = SolveStatistics(**{name: getattr(best, name) for name in FIGURES})
+        self.statistics = best.figures
         return best
 
     def _start(self, x, number: int | None) -> "torch.Tensor | tuple[torch.Tensor, ...]":
@@ -459,17 +465,18 @@ class ReversibleFixedPoint(nn.Module):
             or any(t.requires_grad for t in (*(start or ()), *evaluator.tensors))
             or bool(trainable_parameters(self.block))
         )
+        if wants_gradient and partitioned(parameters):
+            _refuse_unreduced(x, is_tuple, output_trajectory)
         # of a compiled block an evaluation with a graph would be another program
         evaluator.unfollowed = following and not wants_gradient and not evaluator.compiled
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _undone_on_failure(evaluator, state):
             statistics, z, states, residuals = self._run(evaluator, start, steps, tol, mode, wants_gradient, output_trajectory, within_rows)
         statistics.counting = counting
         self.statistics = statistics
-        solution = FixedPointSolution(**{name: getattr(statistics, name) for name in FIGURES}, z=z if is_tuple else z[0])
+        trajectory, step_residuals = None, None
         if output_trajectory:
-            solution.trajectory = [state if is_tuple else state[0] for state in states]
-            solution.step_residuals = torch.stack(residuals)
-        return solution
+            trajectory, step_residuals = [state if is_tuple else state[0] for state in states], torch.stack(residuals)
+        return FixedPointSolution(z if is_tuple else z[0], **vars(statistics), trajectory=trajectory, step_residuals=step_residuals)
 
     def _run(
         self,
@@ -548,8 +555,8 @@ def better_of(one: FixedPointSolution, other: FixedPointSolution) -> FixedPointS
     def choose(a, b):
         return tuple(map(choose, a, b)) if isinstance(a, tuple) else torch.where(per_row(other_is_better, a), b, a)
 
-    figures = {name: choose(getattr(one, name), getattr(other, name)) for name in ("z", "steps", "residual", "clamped", "nonfinite")}
-    return FixedPointSolution(**figures, evaluations=one.evaluations + other.evaluations, shapes=one.shapes, counting=one.counting)
+    chosen = {name: choose(getattr(one, name), getattr(other, name)) for name in ("z", "steps", "residual", "clamped", "nonfinite")}
+    return one._replace(**chosen, evaluations=one.evaluations + other.evaluations)
 
 
 def _tell_reserved_names(block: nn.Module) -> None:
@@ -634,6 +641,23 @@ def refuse_uninitialised(parameters: Iterable[nn.Parameter], block: nn.Module) -
             f"the block's parameter {names[0]!r} has no shape yet (a lazy module), and would get it within the solve; call the block once before: "
             "with torch.no_grad(): layer.block(z, x)"
         )
+
+
+def partitioned(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether DeepSpeed's ZeRO-3 keeps these parameters in parts."""
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
+def _refuse_unreduced(x: Any, is_tuple: bool, output_trajectory: bool) -> None:
+    """Raises RuntimeError where ZeRO-3 would not reduce the gradients of a solve, or too early: it does so by a hook of torch's that looks for tensors among
+    what a module is given by position, and returns, and in no list or tuple of them."""
+    if isinstance(x, torch.Tensor) and x.requires_grad and not is_tuple and not output_trajectory:
+        return
+    what = "a state of several tensors" if is_tuple else "output_trajectory=True" if output_trajectory else "an x without a gradient"
+    raise RuntimeError(
+        f"DeepSpeed's ZeRO-3 reduces the gradients of a solve only where x is one tensor that requires grad, and z all that is returned, got {what}; "
+        "use ZeRO-2 or FSDP2, and where what comes before the solve is frozen (LoRA) call model.enable_input_require_grads(), or x.requires_grad_()"
+    )
 
 
 def refuse_training_batchnorm(modules: Iterable[nn.Module], block: nn.Module) -> None:

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, diagnose
-from revdeq_hf.layer_revdeq import GRADIENT_MODES, fixed_point_layers
+from revdeq_hf.layer_revdeq import GRADIENT_MODES, fixed_point_layers, partitioned
 from revdeq_hf.optimizers import MuonAdamW
 
 LENGTH, VOCABULARY, CLASSES, SIDE = 12, 64, 5, 8
@@ -58,7 +58,7 @@ class Run:
     """A training run of transformers' Trainer.
 
     Attributes:
-        ranks, wrapper: processes, and what the model is wrapped in: "none" (one process), "ddp", "fsdp2".
+        ranks, wrapper: processes, and what the model is wrapped in: "none" (one process), "ddp", "fsdp2", "zero2", "zero3" (DeepSpeed's).
         model: "language"; "image", one stage with GroupNorm; "batch_norm", two stages, whose stem and downsampling hold BatchNorm; "frozen_batch_norm",
             the same in evaluation mode.
         batch, accumulation: rows of a micro-batch on each rank, micro-batches of an update.
@@ -106,6 +106,8 @@ class Batch:
         wrapper: also "fsdp2_inside", sharded units inside the solve.
         refused: it must end in an error, which is what it leaves.
         micro: batches it is divided into; all but the last are gone through without synchronisation (`no_sync`).
+        frozen: all but the block, so that what the solve is given has no gradient.
+        output_trajectory: the states of all steps are asked for.
     """
 
     ranks: int = 1
@@ -113,6 +115,8 @@ class Batch:
     gradient: str = "reversible"
     micro: int = 1
     refused: bool = False
+    frozen: bool = False
+    output_trajectory: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ IMAGE = Script(
     "train_image.py",
     dict(preset="paper_cifar10_singlescale", hidden_sizes=16, crop_padding=0, flip="false", per_device_eval_batch_size=64, **COMMON),
 )
-ONE, DDP, FSDP2 = Run(), Run(2, "ddp", batch=4), Run(2, "fsdp2", batch=4)
+ONE, DDP, FSDP2, ZERO3 = Run(), Run(2, "ddp", batch=4), Run(2, "fsdp2", batch=4), Run(2, "zero3", batch=4)
 LOOKED_INTO = dict(smoothing=0.1, diagnosed=True)
 RUNS: dict[str, Run | Batch | Script] = {
     "one": ONE,
@@ -198,6 +202,16 @@ RUNS: dict[str, Run | Batch | Script] = {
         for gradient in GRADIENT_MODES
         for kind in ("none", "ddp", "fsdp2")
     },
+    **{f"{gradient}_zero3": Batch(2, "zero3", gradient) for gradient in GRADIENT_MODES},
+    "reversible_zero2": Batch(2, "zero2"),
+    "zero3_frozen": Batch(2, "zero3", frozen=True, refused=True),
+    "zero3_trajectory": Batch(2, "zero3", output_trajectory=True, refused=True),
+    "zero2": replace(ZERO3, wrapper="zero2"),
+    "zero3": ZERO3,
+    "zero3_accumulated": replace(ZERO3, batch=2, accumulation=2),
+    "zero3_image": replace(ZERO3, model="image"),
+    "zero3_adamw": replace(ZERO3, adamw=True, save=3),
+    "zero3_adamw_resumed": replace(ZERO3, adamw=True, resume="zero3_adamw"),
     "ddp_no_sync": Batch(2, "ddp", micro=2),
     "fsdp2_no_sync": Batch(2, "fsdp2", micro=2),
     **{f"{gradient}_inside": Batch(2, "fsdp2_inside", gradient, refused=gradient in REFUSED_INSIDE) for gradient in GRADIENT_MODES},
@@ -274,11 +288,12 @@ def shards_on_cpu() -> Iterator[None]:
 class Watch(TrainerCallback):
     """Keeps the gradients of every update, the steps of every solve and the greatest drift; lets a block fail."""
 
-    def __init__(self, model: nn.Module, dies: bool) -> None:
+    def __init__(self, model: nn.Module, dies: bool, sees_gradients: bool) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
         self.steps: list[int] = []
         self.drift = 0.0
         self.update = 0
+        self.sees_gradients = sees_gradients
         self.layers = [layer for _, layer in fixed_point_layers(model)]
         for layer in self.layers:
             layer.register_forward_hook(self._count)
@@ -295,10 +310,12 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         self.update = state.global_step + 1
+        self.drift = max(self.drift, *(float(layer.drift) for layer in self.layers))
+        if not self.sees_gradients:
+            return
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, f"{name} got no gradient"
             self.gradients[f"gradient {self.update} {name}"] = whole(parameter.grad)
-        self.drift = max(self.drift, *(float(layer.drift) for layer in self.layers))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -306,8 +323,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
+def zero_settings(stage: str) -> dict[str, Any]:
+    """A configuration of DeepSpeed. Parameters as small as these would all stay whole; gradients are clipped unless told otherwise."""
+    zero = {"stage": int(stage[-1]), **({"stage3_param_persistence_threshold": 0} if stage == "zero3" else {})}
+    automatic = dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+    )
+    return {"zero_optimization": zero, "zero_allow_untested_optimizer": True, **automatic}
+
+
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and statistics, without counters."""
+    if partitioned(model.parameters()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     return {name: whole(tensor).contiguous() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
@@ -338,10 +369,11 @@ def train(name: str, run: Run, folder: Path) -> None:
         ddp_find_unused_parameters=run.find_unused if run.wrapper == "ddp" else None,
         report_to=[],
         disable_tqdm=True,
+        deepspeed=zero_settings(run.wrapper) if run.wrapper.startswith("zero") else None,
         fsdp=run.wrapper == "fsdp2" or None,
         fsdp_config=sharding if run.wrapper == "fsdp2" else None,
     )
-    watch = Watch(model, run.dies)
+    watch = Watch(model, run.dies, not run.wrapper.startswith("zero"))  # DeepSpeed has made its step by then
     rows = rows_of(run.model, run.rows, run.repeated)
     trainer = Trainer(
         model=model,
@@ -356,8 +388,12 @@ def train(name: str, run: Run, folder: Path) -> None:
     if run.desynchronised:
         torch.rand(7 * arguments.process_index)
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(folder / run.resume / f"checkpoint-{RUNS[run.resume].save}"))
-    wrapped = {"none": nn.Module, "ddp": DistributedDataParallel, "fsdp2": FSDPModule}[run.wrapper]
-    assert isinstance(trainer.model_wrapped, wrapped), f"{name} ran in {type(trainer.model_wrapped).__name__}"
+    if run.wrapper.startswith("zero"):
+        assert trainer.model_wrapped.zero_optimization_stage() == int(run.wrapper[-1])
+        assert partitioned(trainer.model.parameters()) == (run.wrapper == "zero3")
+    else:
+        wrapped = {"none": nn.Module, "ddp": DistributedDataParallel, "fsdp2": FSDPModule}[run.wrapper]
+        assert isinstance(trainer.model_wrapped, wrapped), f"{name} ran in {type(trainer.model_wrapped).__name__}"
     if run.wrapper == "fsdp2":  # law 11
         assert all(isinstance(layer, FSDPModule) for _, layer in fixed_point_layers(trainer.model)), "a solve is no unit of its own"
         assert not any(isinstance(module, FSDPModule) for _, layer in fixed_point_layers(trainer.model) for module in layer.block.modules())
@@ -391,6 +427,10 @@ def go_through(name: str, run: Batch, folder: Path) -> None:
     ids = torch.randint(0, VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(2))
     mine = ids.chunk(run.ranks)[rank].chunk(run.micro)
     wrapped = model
+    if run.frozen:
+        model.requires_grad_(False).model.solve.requires_grad_(True)
+    if run.wrapper.startswith("zero"):
+        return go_through_zero(name, run, folder, model, ids)
     if run.wrapper == "ddp":
         wrapped = DistributedDataParallel(model)
     elif run.wrapper == "fsdp2_inside":
@@ -426,6 +466,26 @@ def go_through(name: str, run: Batch, folder: Path) -> None:
     leave(
         folder, name, {"losses": [float(total) / run.ranks], "steps": [], "drift": float(model.model.solve.drift), "moved": 0.0}, gradients
     )
+
+
+def go_through_zero(name: str, run: Batch, folder: Path, model: Any, ids: torch.Tensor) -> None:
+    """The same with DeepSpeed, which makes a step of none, since it lets go of gradients in its steps alone."""
+    import deepspeed
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    settings = {**zero_settings(run.wrapper), "train_micro_batch_size_per_gpu": 4, "train_batch_size": 8, "gradient_accumulation_steps": 1}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={**settings, "gradient_clipping": 0.0})
+    mine = ids.chunk(run.ranks)[dist.get_rank()]
+    for _ in range(2):
+        loss = engine(input_ids=mine, labels=mine, output_trajectory=run.output_trajectory).loss
+        engine.backward(loss)
+        names = [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+        gradients = {key: deepspeed.utils.safe_get_full_grad(model.get_parameter(key)).clone() for key in names}
+        engine.step()
+    total = loss.detach().double()
+    dist.all_reduce(total)
+    figures = {"losses": [float(total) / run.ranks], "steps": [], "drift": float(model.model.solve.drift), "moved": 0.0}
+    leave(folder, name, figures, {f"gradient 1 {key}": value for key, value in gradients.items()})
 
 
 def be_refused(name: str, run: Batch, folder: Path) -> None:
@@ -540,6 +600,19 @@ EQUIVALENCES = (
     Equivalence("checkpoints in shards; whole", "fsdp2_sharded", "fsdp2_full", 0),
     Equivalence("Muon, checkpoints in shards; whole", "fsdp2_image_muon_sharded", "fsdp2_image_muon", 0),
 )
+ZERO_EQUIVALENCES = (  # where DeepSpeed is installed
+    *(
+        Equivalence(f"one batch, gradient={gradient!r}: two ZeRO-3 ranks; one rank", f"{gradient}_zero3", f"{gradient}_none")
+        for gradient in GRADIENT_MODES
+    ),
+    Equivalence("one batch, gradient='reversible': two ZeRO-2 ranks; one rank", "reversible_zero2", "reversible_none"),
+    Equivalence("language model: two ZeRO-2 ranks; one rank with twice the batch", "zero2", "one"),
+    Equivalence("language model: two ZeRO-3 ranks; one rank with twice the batch", "zero3", "one"),
+    Equivalence("two ZeRO-3 ranks, 2 accumulated micro-batches each; one batch", "zero3_accumulated", "one"),
+    Equivalence("image model with GroupNorm: two ZeRO-3 ranks; one rank", "zero3_image", "one_image"),
+    Equivalence("AdamW, clipped gradients: two ZeRO-3 ranks; one rank", "zero3_adamw", "one_adamw", 1e-4),
+    Equivalence("resumed, two ZeRO-3 ranks; not stopped", "zero3_adamw_resumed", "zero3_adamw", 0),
+)
 SCRIPT_EQUIVALENCES = tuple(
     Equivalence(f"`examples/{script.name}`: `accelerate launch --config_file {config}`; `python`", f"{name}_{kind}", name, 1e-4)
     for name, script in (("language_script", LANGUAGE), ("image_script", IMAGE))
@@ -559,7 +632,7 @@ def start(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess
     Raises:
         subprocess.TimeoutExpired: it, and all that it has started, was ended.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     ) as process:
@@ -638,7 +711,7 @@ def difference(folder: Path, pair: Equivalence) -> dict[str, float]:
     }
     for kind in ("gradient", "weight", "predictions"):
         keys, expected = ({key for key in kept if key.startswith(kind)} for kept in (tensors, others))
-        if not keys:
+        if not keys:  # DeepSpeed's are gone with its step
             continue
         if keys != expected and not (keys < expected and kind == "gradient" and RUNS[pair.run].resume is not None):  # type: ignore[union-attr]
             raise AssertionError(f"{pair.run} and {pair.other} differ in their {kind}: {sorted(keys ^ expected)[:4]}")

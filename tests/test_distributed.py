@@ -27,6 +27,7 @@ SCRIPTS = [
     pytest.param(pair, id=pair.run) for pair in worker.SCRIPT_EQUIVALENCES if pair.run in ("language_script_ddp", "image_script_fsdp2")
 ]
 INSIDE = [f"{gradient}_inside" for gradient in worker.REFUSED_INSIDE]
+ZERO_REFUSED = {"zero3_frozen": "got an x without a gradient", "zero3_trajectory": "got output_trajectory=True"}
 CONFIGS = sorted((worker.EXAMPLES / "accelerate").glob("*.yaml"))
 
 
@@ -120,6 +121,27 @@ def test_shipped_configurations_are_accelerate_s(path):
         assert config.fsdp_config["fsdp_version"] == 2
         assert "fsdp_transformer_layer_cls_to_wrap" not in config.fsdp_config  # the models' own `_no_split_modules`
     assert f"accelerate launch --config_file examples/accelerate/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def zero_folder(tmp_path_factory) -> Path:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed, and no dependency of the package")
+    folder = tmp_path_factory.mktemp("zero")
+    worker.launch_all(folder, [*dict.fromkeys(name for pair in worker.ZERO_EQUIVALENCES for name in (pair.other, pair.run)), *ZERO_REFUSED])
+    return folder
+
+
+@pytest.mark.parametrize("pair", worker.ZERO_EQUIVALENCES, ids=lambda pair: f"{pair.run}-{pair.other}")
+def test_law_8_deepspeed_trains_what_one_rank_does(pair, zero_folder):
+    found = worker.difference(zero_folder, pair)
+    assert worker.worst(found) <= pair.tolerance, found
+    assert worker.figures_of(zero_folder, pair.run)["drift"] == 0
+
+
+@pytest.mark.parametrize(("run", "words"), ZERO_REFUSED.items())
+def test_what_zero3_would_not_reduce_is_refused(run, words, zero_folder):
+    for name in (run, f"{run}.1"):
+        assert words in worker.figures_of(zero_folder, name)["error"]
 
 
 @pytest.fixture(scope="module")

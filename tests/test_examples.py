@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -491,6 +492,15 @@ def test_widths_that_a_model_hands_on_to_its_text_model_are_not_idle(language):
     language.refuse_idle_flags(given, language.ModelArguments(model_type="fuyu"), language.DataArguments())
     with pytest.raises(ValueError, match=r"--intermediate_size would have no effect: a model of type 'gpt2'"):
         language.refuse_idle_flags(given, language.ModelArguments(model_type="gpt2"), language.DataArguments())
+
+
+def test_weights_in_parts_which_no_report_could_use_are_refused(language):
+    def zero(stage: int) -> SimpleNamespace:
+        return SimpleNamespace(deepspeed="zero.json", hf_deepspeed_config=SimpleNamespace(is_zero3=lambda: stage == 3))
+
+    language.refuse_zero3(zero(2))
+    with pytest.raises(ValueError, match=r"--deepspeed zero.json: with ZeRO-3 .* use stage 2"):
+        language.refuse_zero3(zero(3))
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_a_failed_restart_is_not_chosen():
     def solution(residual: list[float]) -> FixedPointSolution:
         count = torch.zeros(len(residual), dtype=torch.int64)
         z = torch.tensor(residual)[:, None]
-        return FixedPointSolution(count, torch.tensor(residual), 2, (z.shape,), count, count, z)
+        return FixedPointSolution(z, count, torch.tensor(residual), 2, (z.shape,), count, count)
 
     nan = float("nan")
     assert better_of(solution([nan, 1, 0.5, nan]), solution([1, nan, 0.2, nan])).residual.nan_to_num(-1).tolist() == pytest.approx(
