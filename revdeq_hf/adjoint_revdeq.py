@@ -534,8 +534,9 @@ def refuse_other_parameters(block: nn.Module, parameters: Sequence[torch.Tensor]
     if len(current) != len(parameters) or any(a is not b for a, b in zip(current, parameters, strict=True)):
         raise RuntimeError(
             "the block's trainable parameters are other tensors in the backward pass than in the forward pass "
-            "(torch.func.functional_call, a wrapper that swaps them, or requires_grad changed in between), so the evaluations cannot be "
-            "recomputed; use gradient='backprop'"
+            "(torch.func.functional_call, a wrapper that swaps them, or requires_grad changed in between; or the block made some in its first "
+            "call, which then belongs before the solve: with torch.no_grad(): layer.block(z, x)), so the evaluations cannot be recomputed; use "
+            "gradient='backprop'"
         )
 
 

@@ -91,10 +91,15 @@ def same_convolutions(device: torch.device) -> Iterator[None]:
 
 
 class KeptBuffer:
-    """A module's buffer as it is now: which tensor, and a copy of its values."""
+    """A module's buffer as it is now: which tensor, and a copy of its values.
+
+    Attributes:
+        unversioned: whether it is written to without a new version, which then says nothing.
+    """
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name, self.tensor = module, name, module._buffers[name]
+        self.unversioned = False
         assert self.tensor is not None
         self.value, self._version = self.tensor.detach().clone(), self.tensor._version
 
@@ -102,17 +107,58 @@ class KeptBuffer:
     def moved(self) -> bool:
         """Whether it was changed in place, or another one has taken its place."""
         assert self.tensor is not None
-        return self.module._buffers[self.name] is not self.tensor or self.tensor._version != self._version
+        return self.unversioned or self.module._buffers[self.name] is not self.tensor or self.tensor._version != self._version
+
+    def differs(self) -> torch.Tensor:
+        """A 0-d bool tensor: whether it holds other values now."""
+        assert self.tensor is not None
+        if self.tensor.shape != self.value.shape:
+            return torch.ones((), dtype=torch.bool, device=self.tensor.device)
+        now, before = self.tensor.detach(), self.value
+        return ((now != before) & ~(now.isnan() & before.isnan())).any()
 
     @torch.no_grad()
     def put_back(self) -> None:
         assert self.tensor is not None
-        if self.tensor._version != self._version:  # not one that was replaced only: a stored graph may need it as it is
+        if self.unversioned or self.tensor._version != self._version:  # not one that was replaced only: a stored graph may need it as it is
             if self.tensor.shape != self.value.shape:
                 self.tensor.resize_(self.value.shape)
             self.tensor.copy_(self.value)
             self._version = self.tensor._version
         self.module._buffers[self.name] = self.tensor
+
+
+# dicts of a module, by the number of a hook
+FORWARD_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+def _refill(hooks: dict, content: dict) -> None:
+    hooks.clear()
+    hooks.update(content)
+
+
+def moved_buffers(buffers: "list[KeptBuffer]", device: torch.device) -> "list[KeptBuffer]":
+    """Those that were changed or replaced. Where versions tell nothing values are compared: torch's fused fake quantization writes to its buffers without a
+    new version, and so does who writes to `.data`. An accelerator is waited for once, but for a CUDA graph in the making, which no host may wait for."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return [buffer for buffer in buffers if buffer.moved]
+    still = [
+        b
+        for b in buffers
+        if not b.moved and type(b.tensor) is torch.Tensor and b.tensor.layout == torch.strided and not b.tensor.is_quantized
+    ]
+    if still:
+        differ = torch.stack([buffer.differs().to(device) for buffer in still])
+        if type(differ) is torch.Tensor and device.type != "meta":  # in a plan of memory there are no values
+            for buffer, unlike in zip(still, differ.tolist(), strict=True):
+                buffer.unversioned = unlike
+    return [buffer for buffer in buffers if buffer.moved]
 
 
 class SteadyBuffer:
@@ -251,6 +297,7 @@ class Evaluator:
 
     Attributes:
         modules: the block and all that it holds.
+        differentiated: set it where a gradient is wanted: evaluations may then be made again, and what modules change in evaluation mode is replayed, too.
         unfollowed: set it where gradients are on and nothing that the block is known to use wants one: the first evaluation then looks, with a graph, for what
             it uses beside that.
     """
@@ -272,6 +319,8 @@ class Evaluator:
         self._steady: list[SteadyBuffer] = []
         self.compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.modules)
         self._generators: list[torch.Tensor] | None = None
+        self._hooks: list[tuple[dict, dict]] = []  # of modules, and what was in them
+        self.differentiated = False
         self.unfollowed = False
         self._doubted = False  # whether it must still be found out who has drawn random numbers
         kinds = sorted({self.device.type, "cpu"} - {"meta"})
@@ -322,7 +371,7 @@ class Evaluator:
         """The first evaluation of a solve, which shows what the block draws and changes."""
         self._generators = generator_states(self.device)
         self._modes = [module.training for module in self.modules]
-        buffers = kept_buffers(itertools.compress(self.modules, self._modes))
+        buffers = kept_buffers(self.modules if self.differentiated else itertools.compress(self.modules, self._modes))
         self._changed = buffers  # all of them, for the case that the block raises
         self._steady = [
             SteadyBuffer(module, name, buffer)
@@ -336,7 +385,10 @@ class Evaluator:
         lengths = list(map(_lengths, caches))
         with same_convolutions(self.device), torch.set_grad_enabled(torch.is_grad_enabled() or self.unfollowed):
             out = call()
-        self._changed = [buffer for buffer in buffers if buffer.moved]
+        self._changed = moved_buffers(buffers, self.device)
+        if self.differentiated:  # after it, since there are hooks that remove themselves
+            filled = ((module, name) for module in self.modules for name in FORWARD_HOOKS if getattr(module, name, None))
+            self._hooks = [(hooks := getattr(*place), dict(hooks)) for place in filled]
         self._keep_steady()
         moved = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
         # where nothing trains it may have been another thread, whose numbers must not be drawn twice
@@ -411,8 +463,9 @@ class Evaluator:
             yield
 
     def replay(self, alike: bool = False) -> "_Replay":
-        """A context around recomputation, in which the block has the buffers and trains as it did, and which leaves the user's generators and the block's
-        buffers as they are; may be entered again. With `alike` it raises RuntimeError where a buffer was changed in place: there is no copy of it."""
+        """A context around recomputation, in which the block has the buffers and hooks and trains as it did, and which leaves the user's generators and
+        the block's buffers as they are; may be entered again. With `alike` it raises RuntimeError where a buffer was changed in place, of which there is no
+        copy."""
         return _Replay(self, alike)
 
     def rewind(self) -> None:
@@ -448,6 +501,10 @@ class _Replay:
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
                     module.training = training
+            for hooks, before in evaluator._hooks:
+                if not before.keys() <= hooks.keys():  # removed since, as peft removes its own after each forward pass
+                    stack.callback(_refill, hooks, dict(hooks))
+                    _refill(hooks, {**before, **hooks})
             for changed in evaluator._changed:
                 stack.callback(_take_back, KeptBuffer(changed.module, changed.name))
             if evaluator.random:

@@ -135,10 +135,10 @@ class ReversibleFixedPoint(nn.Module):
             autocast any floating dtype). Examples are the entries of the first dimension and must not influence each other.
             The same call must give the same result: torch's generators, autocast and the buffers that modules in training mode change (spectral
             norm) are replayed, so that all evaluations of a solve use the same dropout mask and the same buffers; BatchNorm in training mode is refused.
-            Forward hooks fire at every evaluation, also at those of the backward pass. To compile it call `layer.compile()`, or `torch.compile` of
-            the whole model, which does that: both passes run the same program (torch's own `block.compile()` does not promise it, where shapes change
-            or several layers have blocks of one class). Where no gradient is wanted, `torch.compile` of the whole model in eval mode takes in the
-            solve, written out, if it has a fixed number of at most 32 steps; `statistics` are kept, warnings are not given.
+            Forward hooks fire at every evaluation, also at those of the backward pass, removed in between or not. To compile it call `layer.compile()`, or
+            `torch.compile` of the whole model, which does that: both passes run the same program (torch's own `block.compile()` does not promise it,
+            where shapes change or several layers have blocks of one class). Where no gradient is wanted, `torch.compile` of the whole model in eval mode
+            takes in the solve, written out, if it has a fixed number of at most 32 steps; `statistics` are kept, warnings are not given.
         beta: relaxation in (0, 2), not 1. Taken to the nearest fraction of a denominator up to 1000, with a warning where
             that differs; `layer.beta` is the value in use. Converges for beta < 2 / (1 + k) if the block is k-Lipschitz in z, k < 1.
         max_steps: N >= 1; a step is two evaluations of the block.
@@ -467,6 +467,7 @@ class ReversibleFixedPoint(nn.Module):
         )
         if wants_gradient and partitioned(parameters):
             _refuse_unreduced(x, is_tuple, output_trajectory)
+        evaluator.differentiated = wants_gradient
         # of a compiled block an evaluation with a graph would be another program
         evaluator.unfollowed = following and not wants_gradient and not evaluator.compiled
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _undone_on_failure(evaluator, state):

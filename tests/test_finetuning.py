@@ -8,7 +8,7 @@ import torch
 from conftest import awake, relative_error
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, TorchAoConfig, Trainer, TrainingArguments
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForSequenceClassification
 from revdeq_hf.training import LiveBytes
@@ -54,6 +54,59 @@ def test_adapters_get_exact_gradients(settings, autocast):
     for gradient in ("reversible", "checkpoint"):
         for name, grad in results[gradient].items():
             assert torch.equal(grad, results["backprop"][name]), name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt", "torchao"])
+def test_adapters_on_quantized_weights(kind, autocast, tmp_path):
+    """QLoRA: weights of four bits by bitsandbytes, or of eight, or by torchao, with the same gradients in all modes; saved, loaded, generating."""
+    package = "torchao" if kind == "torchao" else "bitsandbytes"
+    pytest.importorskip(package, reason=f"{package} is not installed, and no dependency of the package")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install 'revdeq_hf[finetune]'")
+    if kind == "torchao":
+        settings = TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
+    elif kind == "Linear8bitLt":
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base_model(hidden_size=64, intermediate_size=128, num_prelude_layers=1).save_pretrained(tmp_path / "base")
+
+    def quantized(**kwargs):
+        given = dict(quantization_config=settings, device_map="cpu", **kwargs)
+        return peft.prepare_model_for_kbit_training(AutoModelForCausalLM.from_pretrained(tmp_path / "base", **given))
+
+    results = []
+    for gradient in ("backprop", "checkpoint", "reversible"):
+        torch.manual_seed(4)
+        model = adapted(quantized(gradient=gradient), lora_dropout=0.1, task_type="CAUSAL_LM").train()
+        base = model.get_base_model().model.solve.block.layers[0].mlp.up_proj.base_layer
+        assert kind in {type(base).__name__, type(base.weight).__module__.split(".")[0]}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        assert model.get_base_model().model.solve.drift == 0
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)])
+        assert all(grad.abs().sum() > 0 for grad in results[-1])
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other, strict=True))
+    assert model.get_base_model().model.solve.reversed
+    model.save_pretrained(tmp_path / "adapter")
+    again, model = peft.PeftModel.from_pretrained(quantized(), tmp_path / "adapter").eval(), model.eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    plain, cached = (again.generate(input_ids=IDS, max_new_tokens=5, do_sample=False, use_cache=flag) for flag in (False, True))
+    assert torch.equal(plain, cached)
+
+
+def test_adapters_that_are_told_where_to_act_by_hooks():
+    """aLoRA acts from its invocation tokens on; peft tells its layers where they are by hooks, which are gone in the backward pass."""
+    results = []
+    for gradient in ("backprop", "checkpoint", "reversible"):
+        model = adapted(base_model(gradient=gradient), task_type="CAUSAL_LM", alora_invocation_tokens=[int(IDS[0, 5])]).train()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)])
+        assert all(grad.abs().sum() > 0 for grad in results[-1])
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other, strict=True))
 
 
 def test_frozen_parameters_cost_no_memory():

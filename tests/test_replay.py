@@ -151,6 +151,140 @@ def test_buffers_that_are_replaced_or_resized_are_replayed(resized):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+class Observing(nn.Module):
+    """Fake quantisation, whose fused kernel writes to buffers and leaves their versions as they are, or a running mean that is written to by `.data`."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.linear, self.fused = nn.Linear(4, 4), fused
+        self.register_buffer("low", torch.tensor(float("inf") if fused else 0.0))
+        self.register_buffer("high", torch.tensor(-float("inf")))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+        self.register_buffer("on", torch.ones(1, dtype=torch.int64))
+        self.register_buffer("unset", torch.tensor(float("nan")))
+
+    def forward(self, z, x):
+        h = self.linear(z) + x
+        if self.fused:
+            buffers = self.on, self.on, self.low, self.high, self.scale, self.zero_point
+            return torch.tanh(
+                torch.fused_moving_avg_obs_fake_quant(h, *buffers, averaging_const=0.3, quant_min=0, quant_max=15, ch_axis=-1)
+            )
+        self.low.data.lerp_(h.detach().mean(), 0.3)
+        return torch.tanh(h * (1 + torch.sin(3 * self.low.clone())))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_buffers_that_are_written_to_without_a_new_version_are_replayed(fused, training):
+    """In evaluation mode, too, where gradients are wanted."""
+    x, found = torch.randn(3, 4, requires_grad=True), []
+    torch.manual_seed(0)
+    original = Observing(fused).train(training)
+    once = copy.deepcopy(original)
+    version = once.low._version
+    once(torch.zeros(3, 4), x)
+    assert once.low._version == version, "its version tells, and this proves nothing"
+    for gradient in ("backprop", "checkpoint", "reversible", "implicit"):
+        layer = ReversibleFixedPoint(copy.deepcopy(original), max_steps=6, gradient=gradient, drift_policy="raise")
+        losses = [layer(x).z.square().sum() for _ in range(2)]
+        buffers = [buffer.clone() for buffer in layer.buffers()]
+        assert not torch.equal(buffers[0], original.low)
+        for loss in losses:
+            loss.backward()
+        torch.testing.assert_close(list(layer.buffers()), buffers, rtol=0, atol=0, equal_nan=True)
+        found.append([x.grad, layer.block.low, *(parameter.grad for parameter in layer.parameters())])
+        x.grad = None
+    for other in found[1:3]:
+        torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-7)
+
+
+class Late(nn.Module):
+    """Makes a parameter in its first call, as torchao's fake quantisation of learned ranges does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(4, 4), None
+
+    def forward(self, z, x):
+        if self.scale is None:
+            self.scale = nn.Parameter(self.linear.weight.detach().abs().max())
+        return torch.tanh(self.linear(z) / self.scale + x)
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+def test_parameters_that_the_first_call_makes_are_told(gradient):
+    layer, x = ReversibleFixedPoint(Late(), max_steps=3, gradient=gradient, drift_policy="raise"), torch.randn(2, 4)
+    with pytest.raises(RuntimeError, match="belongs before the solve"):
+        layer(x).z.sum().backward()
+    layer.block.scale = None
+    with torch.no_grad():
+        layer.block(torch.zeros(2, 4), x)
+    layer(x).z.sum().backward()
+    assert layer.block.scale.grad != 0
+
+
+def test_optimizers_that_step_within_the_backward_pass_train_the_same_in_all_modes():
+    """As LOMO and layer-wise GaLore do; the layer stands between two others, and is called twice."""
+
+    def step(parameter: nn.Parameter) -> None:
+        with torch.no_grad():
+            parameter -= 0.1 * parameter.grad
+        parameter.grad = None
+
+    trained, x = [], torch.randn(3, 7, 16)
+    for gradient in ("backprop", "checkpoint", "reversible"):
+        torch.manual_seed(0)
+        block, _ = make_block("attention")
+        before, layer, after = (
+            nn.Linear(16, 16),
+            ReversibleFixedPoint(block, max_steps=3, gradient=gradient, drift_policy="raise"),
+            nn.Linear(16, 16),
+        )
+        parameters = [*before.parameters(), *block.parameters(), *after.parameters()]
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(step)
+        for _ in range(3):
+            after(layer(layer(before(x)).z).z).square().mean().backward()
+        assert all(parameter.grad is None for parameter in parameters)
+        trained.append(parameters)
+    for other in trained[1:]:
+        torch.testing.assert_close(other, trained[0], rtol=1e-5, atol=1e-6)
+
+
+def hook_once(module: nn.Module, calls: list) -> None:
+    handle = module.register_forward_hook(lambda *_: calls.append(handle.remove()))
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint", "implicit"])
+def test_hooks_removed_between_the_passes_are_met_again(gradient):
+    """Hooks that steer what a module gets or returns, removed before the backward pass, as peft removes those of aLoRA; and one that removes itself."""
+    x, found, calls, later = torch.randn(3, 7, 16), [], [], []
+    for removed in (False, True):
+        block, _ = make_block("attention")
+        layer = ReversibleFixedPoint(block, max_steps=3, gradient=gradient, drift_policy="raise")
+        hook_once(block.down, calls)
+        steering = [
+            block.up.register_forward_hook(lambda module, given, value: value + 0.5),
+            block.out.register_forward_pre_hook(lambda module, given, named: ((1.3 * given[0],), named), with_kwargs=True),
+        ]
+        loss = layer(x).z.square().sum()
+        assert len(calls) == removed + 1
+        if removed:
+            for handle in steering:
+                handle.remove()
+            block.up.register_forward_hook(lambda module, given, value: later.append(value))
+        loss.backward()
+        found.append([parameter.grad for parameter in block.parameters()])
+    assert len(calls) == 2
+    assert later, "a hook registered since sees the evaluations of the backward pass"
+    assert not block.out._forward_pre_hooks
+    assert not block.out._forward_pre_hooks_with_kwargs
+    assert len(block.up._forward_hooks) == 1
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 class Memory(nn.Module):
     def __init__(self) -> None:
         super().__init__()

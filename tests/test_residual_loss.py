@@ -254,7 +254,7 @@ def test_under_fsdp2_it_is_refused(process_group):
     ResidualLoss(model)
     for module in (model[0], model):
         fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
-    with pytest.raises(RuntimeError, match="which FSDP2 and DeepSpeed.s ZeRO-3 shard as a whole; train with DDP or ZeRO-2"):
+    with pytest.raises(RuntimeError, match="which FSDP2 and DeepSpeed's ZeRO-3 shard as a whole; train with DDP or ZeRO-2"):
         model(torch.randn(2, 6))
 
 
