@@ -650,8 +650,8 @@ def launch_all(folder: Path, names: Sequence[str]) -> None:
     Raises:
         RuntimeError: they failed.
     """
-    for ranks in (2, 1):
-        those = [name for name in names if RUNS[name].ranks == ranks]
+    for ranks, deepspeed in ((2, True), (2, False), (1, False)):  # a process that has once trained with DeepSpeed does so with all
+        those = [name for name in names if (RUNS[name].ranks, RUNS[name].wrapper.startswith("zero")) == (ranks, deepspeed)]  # type: ignore[union-attr]
         # a process that has once been a rank remains one
         those.sort(key=lambda name: (RUNS[name].wrapper == "fsdp2", getattr(RUNS[name], "resume", None) is not None))  # type: ignore[union-attr]
         if those:
