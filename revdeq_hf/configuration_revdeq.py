@@ -21,6 +21,13 @@ DOWNSAMPLES = ("residual", "max_pool")
 MOST_LAYERS = 1000
 
 
+def _tensor_parallel(mlp: dict[str, str]) -> dict[str, str]:
+    """Which matrices of all layers transformers shards by their columns or rows, where a model is loaded with a `DistributedConfig`."""
+    attention = {**{f"self_attn.{name}_proj": "colwise" for name in "qkv"}, "self_attn.o_proj": "rowwise"}
+    places = ("prelude.*", "solve.block.layers.*", "coda.*")
+    return {f"{place}.{name}": style for place in places for name, style in {**attention, **mlp}.items()}
+
+
 @strict
 class RevDEQConfig(BundledConfig, PreTrainedConfig):
     r"""Configuration of the language model, `RevDEQModel` and its heads.
@@ -76,6 +83,7 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
         "solve": "free_full_weight",
         "norm": "keep_full_weight",
     }
+    base_model_tp_plan = _tensor_parallel({"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"})
 
     vocab_size: int = 50304
     hidden_size: int = 768
@@ -118,6 +126,8 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
         slots, head_dim = kwargs.pop("num_hidden_layers", None), kwargs.pop("head_dim", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.block_type == "paper":
+            self.base_model_tp_plan = _tensor_parallel({"mlp.up_proj": "colwise", "mlp.mid_proj": "rowwise"})
         super().__post_init__(**kwargs)
         if head_dim is not None and head_dim != self.head_dim:
             raise ValueError(

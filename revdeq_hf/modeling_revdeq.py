@@ -219,6 +219,15 @@ def _has_hooks(module: nn.Module) -> bool:
     return not all(getattr(hook, "only_looks", False) for hook in own)
 
 
+def _in_parts(head: nn.Module) -> bool:
+    """Whether ranks share a head's weight for good (tensor parallelism), unlike FSDP2, which gathers it for each call."""
+    if not hasattr(getattr(head, "weight", None), "placements"):  # of DTensor, which costs too much to import where nothing is shared
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return not isinstance(head, FSDPModule)
+
+
 # gradients of a solve are taken with autograd.grad, which the reentrant kind refuses
 _recompute = partial(checkpoint, use_reentrant=False)
 
@@ -453,6 +462,7 @@ class RevDEQHead(nn.Linear):
 class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: RevDEQConfig) -> None:
         super().__init__(config)
@@ -550,6 +560,8 @@ class RevDEQForCausalLM(RevDEQPreTrainedModel, RevDEQGenerationMixin):
 
     def _loss_needs_no_logits(self) -> bool:
         """Whether the loss is the usual one, and the head the usual one: not replaced by a user, wrapped by an adapter, nor with hooks, which want logits."""
+        if _in_parts(self.lm_head):
+            return False
         usual = isinstance(self.lm_head, RevDEQHead) and self.loss_function is LOSS_MAPPING["ForCausalLM"] and not _has_hooks(self.lm_head)
         if not usual:
             logger.warning_once("the loss function or the output layer has been replaced or has hooks, so training computes all logits")

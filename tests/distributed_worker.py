@@ -36,6 +36,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, diagnose
 from revdeq_hf.layer_revdeq import GRADIENT_MODES, fixed_point_layers, partitioned
@@ -103,7 +104,8 @@ class Batch:
     """One batch without Trainer, whose rows the ranks share: the loss, and its gradients by every parameter.
 
     Attributes:
-        wrapper: also "fsdp2_inside", sharded units inside the solve.
+        wrapper: also "fsdp2_inside", sharded units inside the solve, and "tp", tensor parallelism, in which both ranks have the whole batch.
+        settings: of the model.
         refused: it must end in an error, which is what it leaves.
         micro: batches it is divided into; all but the last are gone through without synchronisation (`no_sync`).
         frozen: all but the block, so that what the solve is given has no gradient.
@@ -117,6 +119,7 @@ class Batch:
     refused: bool = False
     frozen: bool = False
     output_trajectory: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,11 @@ IMAGE = Script(
 )
 ONE, DDP, FSDP2, ZERO3 = Run(), Run(2, "ddp", batch=4), Run(2, "fsdp2", batch=4), Run(2, "zero3", batch=4)
 LOOKED_INTO = dict(smoothing=0.1, diagnosed=True)
+TENSOR_PARALLEL: dict[str, dict[str, Any]] = {
+    "paper": dict(block_type="paper", num_block_layers=2),
+    "tied": dict(tie_word_embeddings=True, num_key_value_heads=2),
+    "stopping": dict(beta=0.8, max_steps=8, tol=4e-4, kv_cache="shared"),
+}
 RUNS: dict[str, Run | Batch | Script] = {
     "one": ONE,
     "one_accumulated": replace(ONE, batch=2, accumulation=4),
@@ -201,6 +209,12 @@ RUNS: dict[str, Run | Batch | Script] = {
         f"{gradient}_{kind}": Batch(1 if kind == "none" else 2, kind, gradient)
         for gradient in GRADIENT_MODES
         for kind in ("none", "ddp", "fsdp2")
+    },
+    **{f"{gradient}_tp": Batch(2, "tp", gradient) for gradient in GRADIENT_MODES},
+    **{
+        f"{name}_{kind}": Batch(ranks, kind, settings=settings)
+        for name, settings in TENSOR_PARALLEL.items()
+        for ranks, kind in ((1, "none"), (2, "tp"))
     },
     **{f"{gradient}_zero3": Batch(2, "zero3", gradient) for gradient in GRADIENT_MODES},
     "reversible_zero2": Batch(2, "zero2"),
@@ -422,11 +436,18 @@ def train(name: str, run: Run, folder: Path) -> None:
 
 def go_through(name: str, run: Batch, folder: Path) -> None:
     """Gradients of one batch; twice, since DistributedDataParallel finds out in the second pass which parameters the first one left out."""
-    model: Any = build("language", gradient=run.gradient, num_prelude_layers=1, num_coda_layers=1)
+    model: Any = build("language", gradient=run.gradient, num_prelude_layers=1, num_coda_layers=1, **run.settings)
     rank = dist.get_rank() if run.ranks > 1 else 0
     ids = torch.randint(0, VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(2))
-    mine = ids.chunk(run.ranks)[rank].chunk(run.micro)
+    mine = [ids] if run.wrapper == "tp" else ids.chunk(run.ranks)[rank].chunk(run.micro)
     wrapped = model
+    if run.wrapper == "tp":
+        if rank == 0:
+            model.save_pretrained(folder / name)
+        dist.barrier()
+        wrapped = model = RevDEQForCausalLM.from_pretrained(folder / name, distributed_config=DistributedConfig(tp_size=2)).train()
+        sharded = {key.split(".")[-2] for key, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+        assert sharded >= {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj"}, sharded
     if run.frozen:
         model.requires_grad_(False).model.solve.requires_grad_(True)
     if run.wrapper.startswith("zero"):
@@ -463,9 +484,21 @@ def go_through(name: str, run: Batch, folder: Path) -> None:
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{key} got no gradient"
         gradients[f"gradient 1 {key}"] = whole(parameter.grad)
-    leave(
-        folder, name, {"losses": [float(total) / run.ranks], "steps": [], "drift": float(model.model.solve.drift), "moved": 0.0}, gradients
-    )
+    figures: dict[str, Any] = {
+        "losses": [float(total) / run.ranks],
+        "steps": [],
+        "drift": float(model.model.solve.drift),
+        "moved": 0.0,
+    }
+    if run.wrapper in ("none", "tp"):
+        model.eval()
+        with torch.no_grad():
+            gradients["predictions"] = model(ids).logits
+            figures["tokens"] = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False).tolist()
+            figures["solver_steps"] = model(ids, output_solver_stats=True).solver_steps.tolist()
+    if run.wrapper == "tp":
+        model.save_pretrained(folder / f"{name}_again")
+    leave(folder, name, figures, gradients)
 
 
 def go_through_zero(name: str, run: Batch, folder: Path, model: Any, ids: torch.Tensor) -> None:
@@ -537,6 +570,11 @@ class Equivalence:
 
 
 def _of_batches() -> Iterator[Equivalence]:
+    for gradient in GRADIENT_MODES:
+        yield Equivalence(f"one batch, gradient={gradient!r}: tensor parallel on two ranks; one rank", f"{gradient}_tp", f"{gradient}_none")
+    for name, settings in TENSOR_PARALLEL.items():
+        told = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        yield Equivalence(f"one batch, {told}: tensor parallel on two ranks; one rank", f"{name}_tp", f"{name}_none")
     for gradient in GRADIENT_MODES:
         for kind, text in (("ddp", "DDP"), ("fsdp2", "FSDP2")):
             yield Equivalence(f"one batch, gradient={gradient!r}: two {text} ranks; one rank", f"{gradient}_{kind}", f"{gradient}_none")

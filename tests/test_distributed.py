@@ -71,6 +71,16 @@ def test_shards_are_looked_into_as_whole_weights_are(folder):
     torch.testing.assert_close(torch.tensor(found["radius"]), torch.tensor(expected["radius"]), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("name", ["reversible", *worker.TENSOR_PARALLEL])
+def test_a_model_in_parts_stops_generates_and_is_saved_as_a_whole_one(name, folder):
+    found, expected = (worker.figures_of(folder, f"{name}_{kind}") for kind in ("tp", "none"))
+    assert found["tokens"] == expected["tokens"]
+    assert found["solver_steps"] == expected["solver_steps"]
+    assert (len({step for row in found["solver_steps"] for step in row}) > 1) == (name == "stopping")
+    before, after = (RevDEQForCausalLM.from_pretrained(folder / f"{name}_tp{end}").state_dict() for end in ("", "_again"))
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
 @pytest.mark.parametrize("run", INSIDE)
 def test_law_11_a_sharded_unit_inside_the_solve_is_refused(run, folder):
     for name in (run, f"{run}.1"):
