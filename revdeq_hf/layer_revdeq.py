@@ -81,6 +81,9 @@ class SolveStatistics:
         )
 
 
+FIGURES = tuple(SolveStatistics.__dataclass_fields__)
+
+
 class FixedPointSolution(NamedTuple):
     """What a solve returns. (A named tuple, since DeepSpeed, FSDP and torch's own hooks look for tensors in tuples.)
 
@@ -107,7 +110,7 @@ class FixedPointSolution(NamedTuple):
 
     @property
     def figures(self) -> SolveStatistics:
-        return SolveStatistics(self.steps, self.residual, self.evaluations, self.shapes, self.clamped, self.nonfinite, self.counting)
+        return SolveStatistics(**{name: getattr(self, name) for name in FIGURES})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{str(self.figures).removeprefix(SolveStatistics.__name__)}"
@@ -477,7 +480,8 @@ class ReversibleFixedPoint(nn.Module):
         trajectory, step_residuals = None, None
         if output_trajectory:
             trajectory, step_residuals = [state if is_tuple else state[0] for state in states], torch.stack(residuals)
-        return FixedPointSolution(z if is_tuple else z[0], **vars(statistics), trajectory=trajectory, step_residuals=step_residuals)
+        figures = {name: getattr(statistics, name) for name in FIGURES}  # torch 2.11 traces no vars()
+        return FixedPointSolution(z if is_tuple else z[0], **figures, trajectory=trajectory, step_residuals=step_residuals)
 
     def _run(
         self,
