@@ -109,6 +109,11 @@ class KeptBuffer:
         assert self.tensor is not None
         return self.unversioned or self.module._buffers[self.name] is not self.tensor or self.tensor._version != self._version
 
+    @property
+    def comparable(self) -> bool:
+        t = self.tensor
+        return type(t) is torch.Tensor and t.layout == torch.strided and not (t.is_quantized or t.is_nested)
+
     def differs(self) -> torch.Tensor:
         """A 0-d bool tensor: whether it holds other values now."""
         assert self.tensor is not None
@@ -148,11 +153,7 @@ def moved_buffers(buffers: "list[KeptBuffer]", device: torch.device) -> "list[Ke
     new version, and so does who writes to `.data`. An accelerator is waited for once, but for a CUDA graph in the making, which no host may wait for."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return [buffer for buffer in buffers if buffer.moved]
-    still = [
-        b
-        for b in buffers
-        if not b.moved and type(b.tensor) is torch.Tensor and b.tensor.layout == torch.strided and not b.tensor.is_quantized
-    ]
+    still = [buffer for buffer in buffers if not buffer.moved and buffer.comparable]
     if still:
         differ = torch.stack([buffer.differs().to(device) for buffer in still])
         if type(differ) is torch.Tensor and device.type != "meta":  # in a plan of memory there are no values
