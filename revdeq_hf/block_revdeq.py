@@ -84,10 +84,13 @@ class RevDEQAttention(nn.Module):
     def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
         """hidden_states (batch, seq, hidden_size); returns the same shape and the attention weights or None."""
         shape = hidden_states.shape[:-1]
-        query, key, value = (
-            projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)  # (batch, heads, seq, dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = [projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        if projected[1].shape[-1] % self.head_dim:
+            raise ValueError(
+                f"tensor parallelism gives each rank whole heads, got num_key_value_heads={self.config.num_key_value_heads}, of which a rank has "
+                f"{projected[1].shape[-1] / self.head_dim:g}; choose a tp_size that divides num_key_value_heads"
+            )
+        query, key, value = (part.view(*shape, -1, self.head_dim).transpose(1, 2) for part in projected)  # (batch, heads, seq, dim)
         if position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:

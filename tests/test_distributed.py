@@ -35,7 +35,7 @@ CONFIGS = sorted((worker.EXAMPLES / "accelerate").glob("*.yaml"))
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     names = dict.fromkeys(name for pair in worker.EQUIVALENCES for name in (pair.other, pair.run) if name not in IMPOSSIBLE)
-    worker.launch_all(folder, [*names, *INSIDE])
+    worker.launch_all(folder, [*names, *INSIDE, "tp_heads"])
     return folder
 
 
@@ -52,7 +52,7 @@ def test_law_2_no_run_drifted(folder):
     drifts = {
         path.stem: worker.figures_of(folder, path.stem).get("drift")
         for path in folder.glob("*.json")
-        if path.stem.split(".")[0] not in INSIDE
+        if path.stem.split(".")[0] not in (*INSIDE, "tp_heads")
     }
     assert len(drifts) > 50
     assert set(drifts.values()) == {0.0}, drifts
@@ -79,6 +79,12 @@ def test_a_model_in_parts_stops_generates_and_is_saved_as_a_whole_one(name, fold
     assert (len({step for row in found["solver_steps"] for step in row}) > 1) == (name == "stopping")
     before, after = (RevDEQForCausalLM.from_pretrained(folder / f"{name}_tp{end}").state_dict() for end in ("", "_again"))
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_heads_that_ranks_would_have_to_divide_are_refused(folder):
+    for name in ("tp_heads", "tp_heads.1"):
+        error = worker.figures_of(folder, name)["error"]
+        assert "got num_key_value_heads=1, of which a rank has 0.5; choose a tp_size that divides num_key_value_heads" in error
 
 
 @pytest.mark.parametrize("run", INSIDE)
