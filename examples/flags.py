@@ -23,8 +23,10 @@ def refuse_idle(given: set[str], idle: Iterable[str], reason: str) -> None:
 
 def refuse_zero3(training: TrainingArguments) -> None:
     """A ValueError for DeepSpeed's ZeRO-3, with which no rank has the whole weights that the scripts report on at the end."""
-    if training.deepspeed and training.hf_deepspeed_config.is_zero3():
+    plugin = training.deepspeed_plugin  # of --deepspeed, or of accelerate launch
+    if plugin is not None and plugin.hf_ds_config.is_zero3():
+        given = f"--deepspeed {training.deepspeed}" if training.deepspeed else "DeepSpeed by accelerate launch"
         raise ValueError(
-            f"--deepspeed {training.deepspeed}: with ZeRO-3 no rank has whole weights, on which this script reports at its end; use stage 2, or FSDP2 "
+            f"{given}: with ZeRO-3 no rank has whole weights, on which this script reports at its end; use stage 2, or FSDP2 "
             "(examples/accelerate/fsdp2.yaml). In a Trainer of your own ZeRO-3 works"
         )

@@ -90,6 +90,10 @@ def same_convolutions(device: torch.device) -> Iterator[None]:
         cudnn.benchmark, cudnn.deterministic = before
 
 
+# beside floating-point and complex numbers; torch compares neither quantised ones nor bits
+COMPARED = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+
+
 class KeptBuffer:
     """A module's buffer as it is now: which tensor, and a copy of its values.
 
@@ -112,7 +116,9 @@ class KeptBuffer:
     @property
     def comparable(self) -> bool:
         t = self.tensor
-        return type(t) is torch.Tensor and t.layout == torch.strided and not (t.is_quantized or t.is_nested)
+        assert t is not None
+        told = t.dtype.is_floating_point or t.dtype.is_complex or t.dtype in COMPARED
+        return type(t) is torch.Tensor and t.layout == torch.strided and not t.is_nested and told
 
     def differs(self) -> torch.Tensor:
         """A 0-d bool tensor: whether it holds other values now."""
@@ -120,7 +126,10 @@ class KeptBuffer:
         if self.tensor.shape != self.value.shape:
             return torch.ones((), dtype=torch.bool, device=self.tensor.device)
         now, before = self.tensor.detach(), self.value
-        return ((now != before) & ~(now.isnan() & before.isnan())).any()
+        unlike = now != before
+        if now.dtype.is_floating_point or now.dtype.is_complex:
+            unlike &= ~(now.isnan() & before.isnan())
+        return unlike.any()
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -143,9 +152,9 @@ FORWARD_HOOKS = (
 )
 
 
-def _refill(hooks: dict, content: dict) -> None:
-    hooks.clear()
-    hooks.update(content)
+def _without(hooks: dict, numbers: list[int]) -> None:
+    for number in numbers:
+        hooks.pop(number, None)
 
 
 def moved_buffers(buffers: "list[KeptBuffer]", device: torch.device) -> "list[KeptBuffer]":
@@ -153,7 +162,7 @@ def moved_buffers(buffers: "list[KeptBuffer]", device: torch.device) -> "list[Ke
     new version, and so does who writes to `.data`. An accelerator is waited for once, but for a CUDA graph in the making, which no host may wait for."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return [buffer for buffer in buffers if buffer.moved]
-    still = [buffer for buffer in buffers if not buffer.moved and buffer.comparable]
+    still = [b for b in buffers if not b.moved and b.comparable and (b.value.device.type != "meta" or device.type == "meta")]
     if still:
         differ = torch.stack([buffer.differs().to(device) for buffer in still])
         if type(differ) is torch.Tensor and device.type != "meta":  # in a plan of memory there are no values
@@ -298,7 +307,7 @@ class Evaluator:
 
     Attributes:
         modules: the block and all that it holds.
-        differentiated: set it where a gradient is wanted: evaluations may then be made again, and what modules change in evaluation mode is replayed, too.
+        differentiated: set it where a gradient is wanted: evaluations may then be made again, and meet the hooks of the forward pass.
         unfollowed: set it where gradients are on and nothing that the block is known to use wants one: the first evaluation then looks, with a graph, for what
             it uses beside that.
     """
@@ -320,7 +329,7 @@ class Evaluator:
         self._steady: list[SteadyBuffer] = []
         self.compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in self.modules)
         self._generators: list[torch.Tensor] | None = None
-        self._hooks: list[tuple[dict, dict]] = []  # of modules, and what was in them
+        self._hooks: list[tuple[nn.Module, str, dict]] = []  # of modules, by their names in these, and what was in them
         self.differentiated = False
         self.unfollowed = False
         self._doubted = False  # whether it must still be found out who has drawn random numbers
@@ -372,7 +381,7 @@ class Evaluator:
         """The first evaluation of a solve, which shows what the block draws and changes."""
         self._generators = generator_states(self.device)
         self._modes = [module.training for module in self.modules]
-        buffers = kept_buffers(self.modules if self.differentiated else itertools.compress(self.modules, self._modes))
+        buffers = kept_buffers(itertools.compress(self.modules, self._modes))
         self._changed = buffers  # all of them, for the case that the block raises
         self._steady = [
             SteadyBuffer(module, name, buffer)
@@ -389,7 +398,7 @@ class Evaluator:
         self._changed = moved_buffers(buffers, self.device)
         if self.differentiated:  # after it, since there are hooks that remove themselves
             filled = ((module, name) for module in self.modules for name in FORWARD_HOOKS if getattr(module, name, None))
-            self._hooks = [(hooks := getattr(*place), dict(hooks)) for place in filled]
+            self._hooks = [(*place, dict(getattr(*place))) for place in filled]
         self._keep_steady()
         moved = not all(torch.equal(a, b) for a, b in zip(self._generators, generator_states(self.device), strict=True))
         # where nothing trains it may have been another thread, whose numbers must not be drawn twice
@@ -502,10 +511,13 @@ class _Replay:
                 if module.training != training:
                     stack.callback(setattr, module, "training", module.training)
                     module.training = training
-            for hooks, before in evaluator._hooks:
-                if not before.keys() <= hooks.keys():  # removed since, as peft removes its own after each forward pass
-                    stack.callback(_refill, hooks, dict(hooks))
-                    _refill(hooks, {**before, **hooks})
+            for module, name, before in evaluator._hooks:
+                hooks = getattr(module, name)
+                if removed := [number for number in before if number not in hooks]:  # as peft removes its own after each forward pass
+                    stack.callback(_without, hooks, removed)
+                    later = dict(hooks)
+                    hooks.clear()
+                    hooks.update({**before, **later})
             for changed in evaluator._changed:
                 stack.callback(_take_back, KeptBuffer(changed.module, changed.name))
             if evaluator.random:

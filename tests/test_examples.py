@@ -495,12 +495,16 @@ def test_widths_that_a_model_hands_on_to_its_text_model_are_not_idle(language):
 
 
 def test_weights_in_parts_which_no_report_could_use_are_refused(language):
-    def zero(stage: int) -> SimpleNamespace:
-        return SimpleNamespace(deepspeed="zero.json", hf_deepspeed_config=SimpleNamespace(is_zero3=lambda: stage == 3))
+    def zero(stage: int, file: str | None = "zero.json") -> SimpleNamespace:
+        plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(is_zero3=lambda: stage == 3))
+        return SimpleNamespace(deepspeed=file, deepspeed_plugin=plugin)
 
     language.refuse_zero3(zero(2))
     with pytest.raises(ValueError, match=r"--deepspeed zero.json: with ZeRO-3 .* use stage 2"):
         language.refuse_zero3(zero(3))
+    with pytest.raises(ValueError, match="DeepSpeed by accelerate launch: with ZeRO-3"):
+        language.refuse_zero3(zero(3, None))
+    language.refuse_zero3(SimpleNamespace(deepspeed=None, deepspeed_plugin=None))
 
 
 @pytest.mark.parametrize(

@@ -175,13 +175,11 @@ class Observing(nn.Module):
         return torch.tanh(h * (1 + torch.sin(3 * self.low.clone())))
 
 
-@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-def test_buffers_that_are_written_to_without_a_new_version_are_replayed(fused, training):
-    """In evaluation mode, too, where gradients are wanted."""
+def test_buffers_that_are_written_to_without_a_new_version_are_replayed(fused):
     x, found = torch.randn(3, 4, requires_grad=True), []
     torch.manual_seed(0)
-    original = Observing(fused).train(training)
+    original = Observing(fused)
     once = copy.deepcopy(original)
     version = once.low._version
     once(torch.zeros(3, 4), x)
@@ -198,6 +196,21 @@ def test_buffers_that_are_written_to_without_a_new_version_are_replayed(fused, t
         x.grad = None
     for other in found[1:3]:
         torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_law_5_buffers_that_a_block_writes_to_change_nothing_between_solves_with_and_without_gradients(fused, training):
+    x = torch.randn(3, 4)
+    torch.manual_seed(0)
+    original = Observing(fused).train(training)
+    found = []
+    for wanted in (True, False):
+        layer = ReversibleFixedPoint(copy.deepcopy(original), max_steps=4)
+        layer.train(training)
+        with torch.set_grad_enabled(wanted):
+            found.append([layer(x).z.detach(), layer.block.low.clone()])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 class Late(nn.Module):
@@ -283,6 +296,36 @@ def test_hooks_removed_between_the_passes_are_met_again(gradient):
     assert not block.out._forward_pre_hooks_with_kwargs
     assert len(block.up._forward_hooks) == 1
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("gradient", ["reversible", "checkpoint"])
+def test_hooks_whose_dict_was_replaced_are_met_again_and_probes_that_remove_themselves_stay_gone(gradient):
+    x, found, calls = torch.randn(3, 7, 16), [], []
+    for replaced in (False, True):
+        block, _ = make_block("attention")
+        layer = ReversibleFixedPoint(block, max_steps=3, gradient=gradient, drift_policy="raise")
+        block.up.register_forward_hook(lambda module, given, value: value + 0.5)
+        handle = block.out.register_forward_hook(lambda module, given, value: 1.3 * value)
+        loss = layer(x).z.square().sum()
+        if replaced:
+            block.up._forward_hooks = OrderedDict()
+            handle.remove()
+            hook_once(block.out, calls)
+        loss.backward()
+        found.append([parameter.grad for parameter in block.parameters()])
+    assert not block.up._forward_hooks
+    assert not block.out._forward_hooks
+    assert len(calls) == 1
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "buffer", [torch.empty(3, device="meta"), torch.zeros(3, dtype=torch.uint8).view(torch.bits8)], ids=["meta", "bits"]
+)
+def test_buffers_that_cannot_be_compared_are_left_alone(buffer):
+    block, x = make_block("attention")[0], torch.randn(3, 7, 16)
+    block.register_buffer("idle", buffer)
+    ReversibleFixedPoint(block, max_steps=3, drift_policy="raise")(x).z.sum().backward()
 
 
 class Memory(nn.Module):
