@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 
-from transformers import TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 
 def given_flags(parser: ArgumentParser, arguments: list[str] | None) -> set[str]:
@@ -21,12 +21,11 @@ def refuse_idle(given: set[str], idle: Iterable[str], reason: str) -> None:
         raise ValueError(f"{', '.join(found)} would have no effect: {reason}. Leave {'it' if len(found) == 1 else 'them'} out")
 
 
-def refuse_zero3(training: TrainingArguments) -> None:
-    """A ValueError for DeepSpeed's ZeRO-3, with which no rank has the whole weights that the scripts report on at the end."""
-    plugin = training.deepspeed_plugin  # of --deepspeed, or of accelerate launch
-    if plugin is not None and plugin.hf_ds_config.is_zero3():
-        given = f"--deepspeed {training.deepspeed}" if training.deepspeed else "DeepSpeed by accelerate launch"
+def refuse_zero3() -> None:
+    """A ValueError for DeepSpeed's ZeRO-3 (of --deepspeed, or of accelerate launch), with which no rank has the whole weights that the scripts report on at the
+    end. To be called once TrainingArguments are there, which set DeepSpeed up."""
+    if is_deepspeed_zero3_enabled():
         raise ValueError(
-            f"{given}: with ZeRO-3 no rank has whole weights, on which this script reports at its end; use stage 2, or FSDP2 "
+            "DeepSpeed with ZeRO-3: no rank has whole weights, on which this script reports at its end; use stage 2, or FSDP2 "
             "(examples/accelerate/fsdp2.yaml). In a Trainer of your own ZeRO-3 works"
         )

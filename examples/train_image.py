@@ -526,7 +526,7 @@ def main(arguments: list[str] | None = None) -> dict:
     )
     options, data, training = parser.parse_args_into_dataclasses(args=arguments)
     refuse_idle_flags(given_flags(parser, arguments), options, data)
-    refuse_zero3(training)
+    refuse_zero3()
     command = f"python examples/train_image.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     record = run_record(command, training.device)  # now: the files may be of another commit at the end
     if data.bad_images not in ("refuse", "skip"):

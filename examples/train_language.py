@@ -626,7 +626,7 @@ def main(arguments: list[str] | None = None) -> dict:
             "labels without shifting them, so that it would learn to repeat each token; leave one of the two out"
         )
     refuse_idle_flags(given_flags(parser, arguments), options, data)
-    refuse_zero3(training)
+    refuse_zero3()
     command = f"python examples/train_language.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     record = run_record(command, training.device)  # now: the files may be of another commit at the end
     if data.block_size < 2:

@@ -10,8 +10,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils.type_validators import interval
 
+from .checks_revdeq import check_choice, check_settings
 from .hub_revdeq import BundledConfig
-from .layer_revdeq import check_choice, check_settings
 
 BLOCK_TYPES = ("modern", "paper")
 VISION_BLOCK_TYPES = (*BLOCK_TYPES, "recall")
@@ -21,11 +21,15 @@ DOWNSAMPLES = ("residual", "max_pool")
 MOST_LAYERS = 1000
 
 
-def _tensor_parallel(mlp: dict[str, str]) -> dict[str, str]:
-    """Which matrices of all layers transformers shards by their columns or rows, where a model is loaded with a `DistributedConfig`."""
-    attention = {**{f"self_attn.{name}_proj": "colwise" for name in "qkv"}, "self_attn.o_proj": "rowwise"}
-    places = ("prelude.*", "solve.block.layers.*", "coda.*")
-    return {f"{place}.{name}": style for place in places for name, style in {**attention, **mlp}.items()}
+def _tensor_parallel(config: "RevDEQConfig") -> dict[str, str]:
+    """Which matrices of the layers transformers shards by columns or rows, where a model is loaded with a `DistributedConfig`; names of what is not there would
+    be warned of."""
+    paper = config.block_type == "paper"
+    mlp = {"up_proj": "colwise", "mid_proj": "rowwise"} if paper else {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    styles = {f"mlp.{name}": style for name, style in mlp.items()}
+    styles |= {**{f"self_attn.{name}_proj": "colwise" for name in "qkv"}, "self_attn.o_proj": "rowwise"}
+    places = {"prelude": config.num_prelude_layers, "solve.block.layers": config.num_block_layers, "coda": config.num_coda_layers}
+    return {f"{place}.*.{name}": style for place, layers in places.items() if layers for name, style in styles.items()}
 
 
 @strict
@@ -83,7 +87,6 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
         "solve": "free_full_weight",
         "norm": "keep_full_weight",
     }
-    base_model_tp_plan = _tensor_parallel({"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"})
 
     vocab_size: int = 50304
     hidden_size: int = 768
@@ -126,8 +129,7 @@ class RevDEQConfig(BundledConfig, PreTrainedConfig):
         slots, head_dim = kwargs.pop("num_hidden_layers", None), kwargs.pop("head_dim", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.block_type == "paper":
-            self.base_model_tp_plan = _tensor_parallel({"mlp.up_proj": "colwise", "mlp.mid_proj": "rowwise"})
+        self.base_model_tp_plan = _tensor_parallel(self)
         super().__post_init__(**kwargs)
         if head_dim is not None and head_dim != self.head_dim:
             raise ValueError(

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks_revdeq import SOLVER_ARGUMENTS, partitioned
 from .diagnostics import sharded_parts
-from .layer_revdeq import SOLVER_ARGUMENTS, FixedPointSolution, ReversibleFixedPoint, fixed_point_layers, partitioned
+from .layer_revdeq import FixedPointSolution, ReversibleFixedPoint, fixed_point_layers
 from .solver_revdeq import per_row
 
 ROUNDING = 1e-4  # residual of a place below which it is squared: what is left there has no direction

@@ -13,8 +13,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .adjoint_revdeq import residual_of
+from .checks_revdeq import SOLVER_ARGUMENTS
 from .evaluator_revdeq import Evaluator, State, evaluate_with_graph, generator_states, kept_buffers, set_generator_states
-from .layer_revdeq import SOLVER_ARGUMENTS, ReversibleFixedPoint, fixed_point_layers, span
+from .layer_revdeq import ReversibleFixedPoint, fixed_point_layers, span
 from .solver_revdeq import rows
 
 

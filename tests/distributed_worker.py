@@ -39,7 +39,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from revdeq_hf import RevDEQConfig, RevDEQForCausalLM, RevDEQForImageClassification, RevDEQVisionConfig, diagnose
-from revdeq_hf.layer_revdeq import GRADIENT_MODES, fixed_point_layers, partitioned
+from revdeq_hf.checks_revdeq import GRADIENT_MODES, partitioned
+from revdeq_hf.layer_revdeq import fixed_point_layers
 from revdeq_hf.optimizers import MuonAdamW
 
 LENGTH, VOCABULARY, CLASSES, SIDE = 12, 64, 5, 8
@@ -471,7 +472,9 @@ def go_through(name: str, run: Batch, folder: Path) -> None:
             if run.wrapper == "fsdp2":
                 wrapped.set_requires_gradient_sync(last)
             with contextlib.nullcontext() if last or run.wrapper != "ddp" else wrapped.no_sync():
-                loss = wrapped(input_ids=part, labels=part).loss / run.micro
+                outputs = wrapped(input_ids=part, labels=part)
+                assert (outputs.logits is None) == (run.wrapper != "tp"), "a head that ranks share for good needs logits, no other does"
+                loss = outputs.loss / run.micro
                 loss.backward()
             losses.append(float(loss.detach()))
             if not last and run.wrapper == "ddp":  # or there is nothing to put off
@@ -494,9 +497,9 @@ def go_through(name: str, run: Batch, folder: Path) -> None:
     if run.wrapper in ("none", "tp"):
         model.eval()
         with torch.no_grad():
-            gradients["predictions"] = model(ids).logits
+            outputs = model(ids, output_solver_stats=True)
             figures["tokens"] = model.generate(ids[:, :5], max_new_tokens=6, do_sample=False).tolist()
-            figures["solver_steps"] = model(ids, output_solver_stats=True).solver_steps.tolist()
+        gradients["predictions"], figures["solver_steps"] = outputs.logits, outputs.solver_steps.tolist()
     if run.wrapper == "tp":
         model.save_pretrained(folder / f"{name}_again")
     leave(folder, name, figures, gradients)

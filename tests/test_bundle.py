@@ -128,6 +128,7 @@ def test_folder_holds_the_package_s_code_and_only_what_is_needed(bundles):
         "adjoint",
         "block",
         "certificate",
+        "checks",
         "configuration",
         "evaluator",
         "fixed_point_solvers",

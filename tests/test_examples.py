@@ -1,5 +1,6 @@
 """The language script end to end on small data, packed, padded and streamed, interrupted and resumed, and with unusable input; the help of both scripts."""
 
+import contextlib
 import gzip
 import importlib
 import importlib.util
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -494,17 +494,22 @@ def test_widths_that_a_model_hands_on_to_its_text_model_are_not_idle(language):
         language.refuse_idle_flags(given, language.ModelArguments(model_type="gpt2"), language.DataArguments())
 
 
-def test_weights_in_parts_which_no_report_could_use_are_refused(language):
-    def zero(stage: int, file: str | None = "zero.json") -> SimpleNamespace:
-        plugin = SimpleNamespace(hf_ds_config=SimpleNamespace(is_zero3=lambda: stage == 3))
-        return SimpleNamespace(deepspeed=file, deepspeed_plugin=plugin)
+@pytest.mark.parametrize("enabled", [False, True])
+def test_weights_in_parts_which_no_report_could_use_are_refused(enabled, language, monkeypatch):
+    monkeypatch.setattr(sys.modules[language.refuse_zero3.__module__], "is_deepspeed_zero3_enabled", lambda: enabled)
+    with pytest.raises(ValueError, match=r"DeepSpeed with ZeRO-3: .* use stage 2") if enabled else contextlib.nullcontext():
+        language.refuse_zero3()
 
-    language.refuse_zero3(zero(2))
-    with pytest.raises(ValueError, match=r"--deepspeed zero.json: with ZeRO-3 .* use stage 2"):
-        language.refuse_zero3(zero(3))
-    with pytest.raises(ValueError, match="DeepSpeed by accelerate launch: with ZeRO-3"):
-        language.refuse_zero3(zero(3, None))
-    language.refuse_zero3(SimpleNamespace(deepspeed=None, deepspeed_plugin=None))
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero3_is_known_by_its_configuration(stage, language, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed, and no dependency of the package")
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}), encoding="utf-8")
+    arguments = language.TrainingArguments(str(tmp_path), deepspeed=str(file), use_cpu=True)
+    assert arguments.deepspeed
+    with pytest.raises(ValueError, match="use stage 2") if stage == 3 else contextlib.nullcontext():
+        language.refuse_zero3()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -503,3 +504,19 @@ def test_a_nan_in_the_weights_comes_out_as_a_nan():
     out = model(IDS, labels=IDS)
     assert out.loss.isnan()
     assert (model.model.solve.statistics.nonfinite > 0).all()
+
+
+@pytest.mark.parametrize("outside", [0, 1])
+@pytest.mark.parametrize("block_type", ["modern", "paper"])
+def test_the_plan_of_tensor_parallelism_names_what_there_is(block_type, outside):
+    model = small(block_type=block_type, num_block_layers=2, num_prelude_layers=outside, num_coda_layers=outside).model
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    named = [
+        {name for name in linear if re.fullmatch(pattern.replace(".", r"\.").replace("*", r"\d+"), name)}
+        for pattern in model.config.base_model_tp_plan
+    ]
+    assert all(named), "transformers warns of names that there are not"
+    left = linear.difference(*named)
+    assert all(name.endswith("mlp.down_proj") for name in left)
+    assert bool(left) == (block_type == "paper")  # whose last matrix follows one that is summed up
+    assert "tp_plan" not in model.config.to_json_string()

@@ -203,11 +203,9 @@ def test_buffers_that_are_written_to_without_a_new_version_are_replayed(fused):
 def test_law_5_buffers_that_a_block_writes_to_change_nothing_between_solves_with_and_without_gradients(fused, training):
     x = torch.randn(3, 4)
     torch.manual_seed(0)
-    original = Observing(fused).train(training)
-    found = []
+    original, found = Observing(fused), []
     for wanted in (True, False):
-        layer = ReversibleFixedPoint(copy.deepcopy(original), max_steps=4)
-        layer.train(training)
+        layer = ReversibleFixedPoint(copy.deepcopy(original), max_steps=4).train(training)
         with torch.set_grad_enabled(wanted):
             found.append([layer(x).z.detach(), layer.block.low.clone()])
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
